@@ -1,0 +1,747 @@
+"""The scheduler: `plan` decides which request runs how many tokens in this iteration, `commit` books what it did.
+
+This is mechanism. What it prefers is the policy's Decision (`state.decision`); what it guarantees whatever the policy
+says: blocks are never over-committed, a request is in exactly one state, an iteration stays within its token budget,
+every request ends, and preempted work resumes. The surrogate and the live engine call these same functions.
+"""
+
+from __future__ import annotations
+
+import numba as nb
+import numpy as np
+
+from flexirl.runtime.kv_cache import allocate, blocks_for, forget, reclaim, release
+from flexirl.runtime.queues import NONE, head, merged_head, owed_tokens, push, remove, reorder
+from flexirl.runtime.state import (
+    CANCELLED,
+    CHEAPER,
+    CLASSES,
+    EXPIRED,
+    FINISHED,
+    ITL_BINS,
+    LAST,
+    LEAST_OUTPUT,
+    LOWEST_SCORE,
+    ONE_QUEUE,
+    RECOMPUTE,
+    REJECTED,
+    RUNNING,
+    State,
+)
+from flexirl.runtime.step_time import step_time
+from flexirl.workloads.trace import DEFERRED, IMMEDIATE
+
+# Immediate prefill always advances by this much, whatever its step target: chunks this small are all but free.
+MIN_CHUNK = 64
+# Weights of the service that fairness counts (VTC: an output token costs twice an input token).
+INPUT_SERVICE, OUTPUT_SERVICE = 1.0, 2.0
+
+
+@nb.njit(cache=True)
+def submit(state: State, r: int) -> None:
+    """Takes in request r, whose client's side is filled in: queues it, or rejects what could never fit."""
+    scheduler, request = state.scheduler[0], state.requests[r]
+    group, engine = state.classes[request.request_class], state.engine[0]
+    request.generated = 0
+    request.computed = 0
+    request.scheduled = 0
+    request.kv_blocks = 0
+    request.host_blocks = 0
+    request.cached_blocks = 0
+    request.furthest = 0
+    request.preemptions = 0
+    request.relegated = 0
+    request.missed = 0
+    request.score = 0.0
+    request.first_token_s = np.inf
+    request.last_token_s = np.inf
+    request.finish_s = np.inf
+    group.arrived += 1
+    group.arrived_tokens += request.prompt_tokens + request.output_tokens
+    longest = request.prompt_tokens + request.max_tokens
+    _join_tenant(state, request.tenant)
+    if longest > engine.max_model_len or blocks_for(longest, engine.block_size) > _total_blocks(state):
+        request.status = REJECTED
+        _book_end(state, r, scheduler.now_s)
+    else:
+        push(state, r)
+
+
+@nb.njit(cache=True)
+def apply(state: State) -> None:
+    """Puts a new decision into force: sorts the queues as it says and makes its one-off preemptions."""
+    decision = state.decision[0]
+    reorder(state, IMMEDIATE, decision.immediate_order, decision.order_weight_s, decision.expected_output)
+    reorder(state, DEFERRED, decision.deferred_order, decision.order_weight_s, decision.expected_output)
+    for _ in range(decision.preempt_count):
+        victim = _victim(state, DEFERRED)
+        if victim == NONE or state.requests[victim].request_class != DEFERRED:
+            break
+        _preempt(state, victim)
+    _compact(state)
+
+
+@nb.njit(cache=True)
+def plan(state: State) -> None:
+    """Chooses the next iteration: sets `scheduled` of the running requests and the features in `state.batch`.
+
+    An empty batch (no prefill tokens and no decode sequences) means that nothing may run now.
+    """
+    scheduler, decision, batch = state.scheduler[0], state.decision[0], state.batch[0]
+    batch.prefill_tokens = 0
+    batch.decode_sequences = 0
+    batch.sampled_sequences = 0
+    batch.decode_context = 0.0
+    batch.chunk_context = 0.0
+    batch.image_tokens = 0.0
+    # Tokens that `apply` swapped out since the last iteration are part of this one.
+    scheduler.budget = min(decision.token_budget, state.engine[0].max_tokens_per_step)
+    state.classes[IMMEDIATE].preempted = 0
+    state.classes[DEFERRED].preempted = 0
+    if decision.discipline == CLASSES:
+        _schedule_running(state, True, False)
+        _admit_waiting(state, True, False)
+        _schedule_running(state, False, True)
+        _admit_waiting(state, False, True)
+    else:
+        _schedule_running(state, True, True)
+        _admit_waiting(state, True, True)
+    if state.classes[IMMEDIATE].preempted + state.classes[DEFERRED].preempted > 0:
+        _compact(state)
+
+
+@nb.njit(cache=True)
+def commit(state: State, elapsed_s: float) -> None:
+    """Books the planned iteration, which took `elapsed_s` seconds: progress, tokens, promises broken, requests ended."""
+    scheduler, engine = state.scheduler[0], state.engine[0]
+    began_s = scheduler.now_s
+    now_s = began_s + elapsed_s
+    scheduler.now_s = now_s
+    scheduler.iterations += 1
+    scheduler.busy_s += elapsed_s
+    scheduler.kv_block_s += elapsed_s * (_total_blocks(state) - scheduler.free_blocks)
+    state.batch[0].swap_tokens = 0.0
+    on_time_itls = 0
+    ended = 0
+    for i in range(scheduler.running):
+        r = state.running[i]
+        request = state.requests[r]
+        tokens = request.scheduled
+        if tokens > 0:
+            request.scheduled = 0
+            request.computed += tokens
+            if request.computed <= request.prompt_tokens:
+                _book_prompt(state, r)
+            if request.computed == request.prompt_tokens + request.generated:
+                group = state.classes[request.request_class]
+                request.generated += 1
+                group.output_done += 1
+                state.tenants[request.tenant].service += OUTPUT_SERVICE
+                if request.generated == 1:
+                    _first_token(state, r, now_s)
+                elif request.request_class == IMMEDIATE:
+                    if request.last_token_s == began_s:
+                        on_time_itls += 1
+                    else:
+                        state.itl_histogram[itl_bin(now_s - request.last_token_s)] += 1
+                request.last_token_s = now_s
+                if request.generated == request.output_tokens:
+                    request.status = FINISHED
+                    ended += 1
+                    _end_running(state, r, now_s)
+                    continue
+        if _overdue(scheduler, request):
+            ended += _settle_running(state, r)
+    if on_time_itls > 0:
+        state.itl_histogram[itl_bin(elapsed_s)] += on_time_itls
+    if ended > 0:
+        _compact(state)
+    _settle_first_tokens(state)
+
+
+@nb.njit(cache=True)
+def settle(state: State) -> None:
+    """Books what fell due while the clock moved without an iteration: broken promises, windows that closed."""
+    scheduler = state.scheduler[0]
+    ended = 0
+    for i in range(scheduler.running):
+        if _overdue(scheduler, state.requests[state.running[i]]):
+            ended += _settle_running(state, state.running[i])
+    if ended > 0:
+        _compact(state)
+    _settle_first_tokens(state)
+
+
+@nb.njit(cache=True)
+def cancel(state: State, r: int) -> None:
+    """Ends request r between two iterations, whatever it is doing, and frees all it holds."""
+    request = state.requests[r]
+    if request.status == RUNNING:
+        request.status = CANCELLED
+        _end_running(state, r, state.scheduler[0].now_s)
+        _compact(state)
+    else:
+        _end_waiting(state, r, CANCELLED)
+
+
+@nb.njit(cache=True)
+def itl_bin(gap_s: float) -> int:
+    """The bin of `state.itl_bin_edges` that an inter-token latency of `gap_s` seconds falls into."""
+    return min(max(int((np.log10(max(gap_s, 1e-12)) + 5.0) * 32.0), 0), ITL_BINS - 1)
+
+
+@nb.njit(cache=True, inline="always")
+def best_effort(request) -> bool:
+    """True for work that may wait: deferred requests, and immediate ones that were relegated."""
+    return request.request_class == DEFERRED or request.relegated == 1
+
+
+# ---------------------------------------------------------------------------------------------- running requests
+
+
+@nb.njit(cache=True)
+def _schedule_running(state: State, immediate: bool, deferred: bool) -> None:
+    """Gives the running requests their tokens: with `decodes_first` all decodes ahead of any prefill chunk."""
+    scheduler, decision = state.scheduler[0], state.decision[0]
+    batch, engine = state.batch[0], state.engine[0]
+    count = scheduler.running
+    block_size = engine.block_size
+    limited = decision.deferred_step_s < np.inf and deferred
+    predicted_s = step_time(engine, batch) if limited else 0.0
+    prefills = 0
+    for decodes in (True, False):
+        if not decodes and prefills == 0:
+            break
+        for i in range(count):
+            if scheduler.budget <= 0:
+                return
+            r = state.running[i]
+            request = state.requests[r]
+            if request.status != RUNNING or request.scheduled > 0:
+                continue
+            waits = best_effort(request)
+            if not (deferred if waits else immediate):
+                continue
+            owed = owed_tokens(request)
+            if decision.decodes_first and (owed == 1) != decodes:
+                prefills += 1
+                continue
+            if owed > 1:
+                chunk = _chunk(state, r, request.computed)
+                if chunk > 0 and _grow(state, r, request.computed + chunk):
+                    _enlist(scheduler, batch, request, chunk)
+                    if limited:
+                        predicted_s = step_time(engine, batch)
+                continue
+            if limited and waits:
+                longer_s = predicted_s + _decode_cost(engine, batch, request.computed + 1)
+                if longer_s > decision.deferred_step_s and not _within_floor(state):
+                    continue
+                predicted_s = longer_s
+            # Nearly always the token fits into the last block; the call, which copies the state, is for the rest.
+            if blocks_for(request.computed + 1, block_size) > request.kv_blocks:
+                before = state.classes[IMMEDIATE].preempted + state.classes[DEFERRED].preempted
+                grown = _grow(state, r, request.computed + 1)
+                if limited and state.classes[IMMEDIATE].preempted + state.classes[DEFERRED].preempted > before:
+                    predicted_s = step_time(engine, batch)
+                if not grown:
+                    continue
+            _enlist(scheduler, batch, request, 1)
+
+
+@nb.njit(cache=True, inline="always")
+def _decode_cost(engine, batch, context: int) -> float:
+    """Seconds that one more decode at this context adds to the predicted step."""
+    tokens = batch.prefill_tokens + batch.decode_sequences
+    cost = engine.per_token_s + engine.per_sequence_s + engine.per_context_s * context
+    if tokens >= 64:
+        cost += engine.per_token_64_s
+    if tokens >= 128:
+        cost += engine.per_token_128_s
+    if tokens >= 256:
+        cost += engine.per_token_256_s
+    return cost
+
+
+@nb.njit(cache=True, inline="always")
+def _within_floor(state: State) -> bool:
+    """True while deferred work has not yet had the tokens that it gets whatever its step target."""
+    decision = state.decision[0]
+    if decision.deferred_token_floor <= 0:
+        return False
+    given = 0
+    for i in range(state.scheduler[0].running):
+        request = state.requests[state.running[i]]
+        if best_effort(request):
+            given += request.scheduled
+    return given < decision.deferred_token_floor
+
+
+@nb.njit(cache=True)
+def _chunk(state: State, r: int, start: int) -> int:
+    """Tokens of request r to prefill from position `start`: within budget and the step target of its kind of work."""
+    scheduler, decision, batch = state.scheduler[0], state.decision[0], state.batch[0]
+    request = state.requests[r]
+    limit = min(request.prompt_tokens + request.generated - start, scheduler.budget)
+    waits = best_effort(request)
+    target_s = decision.deferred_step_s if waits else decision.immediate_step_s
+    if target_s == np.inf or limit <= 0 or _step_with_chunk(state, r, start, limit) <= target_s:
+        return limit
+    low, high = 0, limit
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _step_with_chunk(state, r, start, middle) <= target_s:
+            low = middle
+        else:
+            high = middle
+    if waits:
+        if low == 0 and _within_floor(state):
+            return min(limit, decision.deferred_token_floor)
+        return low
+    if batch.prefill_tokens == 0:
+        return max(low, min(limit, MIN_CHUNK))
+    return low
+
+
+@nb.njit(cache=True)
+def _step_with_chunk(state: State, r: int, start: int, tokens: int) -> float:
+    """Predicted seconds of the iteration if it also held this chunk."""
+    batch = state.batch[0]
+    chunk_context = float(tokens) * start + 0.5 * float(tokens) * tokens
+    images = image_tokens_of_chunk(state.requests[r], start, tokens)
+    batch.prefill_tokens += tokens
+    batch.chunk_context += chunk_context
+    batch.image_tokens += images
+    predicted_s = step_time(state.engine[0], batch)
+    batch.prefill_tokens -= tokens
+    batch.chunk_context -= chunk_context
+    batch.image_tokens -= images
+    return predicted_s
+
+
+@nb.njit(cache=True)
+def image_tokens_of_chunk(request, start: int, tokens: int) -> float:
+    """Image tokens to encode for a chunk: images stand at the front of the prompt, each is encoded when reached."""
+    if request.num_images == 0 or start >= request.image_tokens:
+        return 0.0
+    per_image = request.image_tokens / request.num_images
+    end = min(start + tokens, request.image_tokens)
+    return per_image * (np.ceil(end / per_image) - np.ceil(start / per_image))
+
+
+@nb.njit(cache=True, inline="always")
+def _enlist(scheduler, batch, request, tokens: int) -> None:
+    """Adds `tokens` of a running request to the iteration."""
+    _count_in_batch(scheduler, batch, request, tokens, 1)
+    request.scheduled = tokens
+
+
+@nb.njit(cache=True, inline="always")
+def _count_in_batch(scheduler, batch, request, tokens: int, sign: int) -> None:
+    scheduler.budget -= sign * tokens
+    owed = owed_tokens(request)
+    if owed == 1 and request.generated > 0:
+        batch.decode_sequences += sign
+        batch.decode_context += sign * (request.computed + 1.0)
+    else:
+        batch.prefill_tokens += sign * tokens
+        batch.chunk_context += sign * (float(tokens) * request.computed + 0.5 * float(tokens) * tokens)
+        batch.image_tokens += sign * image_tokens_of_chunk(request, request.computed, tokens)
+    if tokens == owed:
+        batch.sampled_sequences += sign
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+@nb.njit(cache=True)
+def _grow(state: State, r: int, tokens: int) -> bool:
+    """Makes running request r hold blocks for `tokens` tokens, evicting others if need be; False: it must wait."""
+    scheduler, request = state.scheduler[0], state.requests[r]
+    need = blocks_for(tokens, state.engine[0].block_size) - request.kv_blocks
+    if need <= 0:
+        return True
+    while need > scheduler.free_blocks:
+        victim = _victim(state, DEFERRED if best_effort(request) else IMMEDIATE)
+        _preempt(state, victim)
+        if victim == r:
+            return False
+    allocate(state, r, need)
+    return True
+
+
+@nb.njit(cache=True)
+def _victim(state: State, on_behalf_of: int) -> int:
+    """The running request to evict first, or NONE.
+
+    Work that may wait evicts only its like, except where the classes share one queue. `LAST` in one queue is blind
+    to class.
+    """
+    decision = state.decision[0]
+    blind = decision.discipline == ONE_QUEUE
+    best = NONE
+    for i in range(state.scheduler[0].running):
+        r = state.running[i]
+        request = state.requests[r]
+        if request.status != RUNNING:
+            continue
+        if not blind and on_behalf_of == DEFERRED and not best_effort(request):
+            continue
+        if best == NONE or _evict_sooner(decision, request, state.requests[best], blind):
+            best = r
+    return best
+
+
+@nb.njit(cache=True)
+def _evict_sooner(decision, a, b, blind: bool) -> bool:
+    """True if `a`, later in the running batch, is evicted rather than `b`."""
+    if not blind and best_effort(a) != best_effort(b):
+        return best_effort(a)
+    if decision.victim == LAST:
+        return True
+    if decision.victim == LEAST_OUTPUT:
+        return a.generated < b.generated or (a.generated == b.generated and a.prompt_tokens > b.prompt_tokens)
+    if decision.victim == LOWEST_SCORE:
+        return a.score < b.score or (a.score == b.score and a.arrival_s > b.arrival_s)
+    return a.arrival_s > b.arrival_s or (a.arrival_s == b.arrival_s)
+
+
+@nb.njit(cache=True)
+def _preempt(state: State, r: int) -> None:
+    """Takes running request r out of the batch, by recompute or by swap, and queues it again."""
+    scheduler, request = state.scheduler[0], state.requests[r]
+    group = state.classes[request.request_class]
+    if request.scheduled > 0:
+        _count_in_batch(scheduler, state.batch[0], request, request.scheduled, -1)
+        request.scheduled = 0
+    if _swaps_out(state, r):
+        request.host_blocks = request.kv_blocks
+        scheduler.host_free_blocks -= request.host_blocks
+        scheduler.swapped_tokens += request.computed
+        state.batch[0].swap_tokens += request.computed
+        release(state, r, 0)
+    else:
+        scheduler.recomputed_tokens += request.computed
+        release(state, r, request.computed)
+        request.computed = 0
+    request.preemptions += 1
+    group.preemptions += 1
+    group.preempted += 1
+    group.running -= 1
+    push(state, r)
+
+
+@nb.njit(cache=True)
+def _swaps_out(state: State, r: int) -> bool:
+    scheduler, engine, request = state.scheduler[0], state.engine[0], state.requests[r]
+    mode = state.decision[0].preemption
+    if mode == RECOMPUTE or request.computed == 0 or request.kv_blocks > scheduler.host_free_blocks:
+        return False
+    return mode != CHEAPER or swap_cost(engine, request) < recompute_cost(engine, request)
+
+
+@nb.njit(cache=True)
+def swap_cost(engine, request) -> float:
+    """Seconds to move the request's keys and values to host memory and back."""
+    return 2.0 * request.computed * engine.per_swap_token_s
+
+
+@nb.njit(cache=True)
+def recompute_cost(engine, request) -> float:
+    """Seconds to prefill again what the request had computed, in iterations that are busy anyway."""
+    tokens = float(request.computed)
+    slope = engine.per_token_s + engine.per_token_64_s + engine.per_token_128_s + engine.per_token_256_s
+    images = min(tokens, float(request.image_tokens))
+    return slope * tokens + 0.5 * engine.per_chunk_context_s * tokens * tokens + engine.per_image_token_s * images
+
+
+@nb.njit(cache=True)
+def _make_room(state: State, blocks: int) -> bool:
+    """Evicts work that may wait until `blocks` blocks and a seat are free, but only if that can succeed."""
+    scheduler, engine = state.scheduler[0], state.engine[0]
+    within_reach, evictable = scheduler.free_blocks, 0
+    for i in range(scheduler.running):
+        request = state.requests[state.running[i]]
+        if request.status == RUNNING and best_effort(request):
+            within_reach += request.kv_blocks
+            evictable += 1
+    if within_reach < blocks or evictable == 0:
+        return False
+    while scheduler.free_blocks < blocks or seats_taken(state) >= engine.max_running:
+        _preempt(state, _victim(state, DEFERRED))
+    return True
+
+
+# ---------------------------------------------------------------------------------------------- waiting requests
+
+
+@nb.njit(cache=True)
+def _admit_waiting(state: State, immediate: bool, deferred: bool) -> None:
+    """Admits from the head of the queue until the head must wait. What was evicted in this iteration stays out."""
+    scheduler = state.scheduler[0]
+    while scheduler.budget > 0:
+        if deferred and state.classes[DEFERRED].preempted > 0 or state.classes[IMMEDIATE].preempted > 0:
+            return
+        r = _next(state, immediate, deferred)
+        if r == NONE:
+            return
+        request = state.requests[r]
+        if request.request_class == DEFERRED and scheduler.now_s > request.deadline_s:
+            _end_waiting(state, r, EXPIRED)
+        elif state.decision[0].relegate and request.relegated == 0 and _hopeless(state, r):
+            remove(state, r)
+            request.relegated = 1
+            push(state, r)
+        elif not _admit(state, r):
+            return
+
+
+@nb.njit(cache=True)
+def _next(state: State, immediate: bool, deferred: bool) -> int:
+    """The request to admit next, or NONE; relegated immediate requests stand just ahead of deferred ones."""
+    discipline = state.decision[0].discipline
+    if discipline == ONE_QUEUE:
+        return merged_head(state)
+    first = head(state, IMMEDIATE)
+    if first != NONE and (deferred if state.requests[first].relegated else immediate):
+        return first
+    return head(state, DEFERRED) if deferred else NONE
+
+
+@nb.njit(cache=True)
+def _hopeless(state: State, r: int) -> bool:
+    """True if an immediate request would miss its first token even if it ran alone from now on."""
+    engine, request = state.engine[0], state.requests[r]
+    if request.request_class != IMMEDIATE or request.generated > 0:
+        return False
+    tokens = float(owed_tokens(request))
+    slope = engine.per_token_s + engine.per_token_64_s + engine.per_token_128_s + engine.per_token_256_s
+    alone_s = slope * tokens + 0.5 * engine.per_chunk_context_s * tokens * tokens
+    alone_s += engine.per_image_token_s * request.image_tokens
+    return state.scheduler[0].now_s + alone_s > request.ttft_deadline_s
+
+
+@nb.njit(cache=True)
+def _admit(state: State, r: int) -> bool:
+    """Moves waiting request r into the batch if seats, memory and step target allow; its first chunk runs now."""
+    scheduler, decision, engine = state.scheduler[0], state.decision[0], state.engine[0]
+    request = state.requests[r]
+    total = _total_blocks(state)
+    waits = best_effort(request)
+    if waits and decision.deferred_kv_share < 1 and total - scheduler.free_blocks >= decision.deferred_kv_share * total:
+        return False
+    if waits and decision.preempt_count > 0:
+        return False
+    # The whole sequence so far must fit, and what running requests may still need is set aside.
+    need = blocks_for(request.prompt_tokens + request.generated, engine.block_size)
+    if decision.reserve_ratio > 0 or decision.reserve_new_ratio > 0:
+        need = _lifetime_blocks(state, r, decision.reserve_new_ratio) + _outstanding_blocks(state)
+    if need > scheduler.free_blocks or seats_taken(state) >= engine.max_running:
+        if waits or not decision.preempt_for_immediate or not _make_room(state, need):
+            return False
+    start = _reusable_tokens(state, r)
+    chunk = _chunk(state, r, start)
+    if chunk <= 0:
+        return False
+    remove(state, r)
+    if request.host_blocks > 0:
+        scheduler.host_free_blocks += request.host_blocks
+        scheduler.swapped_tokens += request.computed
+        state.batch[0].swap_tokens += request.computed
+        request.host_blocks = 0
+    elif request.cached_blocks > 0:
+        scheduler.recomputed_tokens -= start
+        reclaim(state, r)
+    elif start > 0:
+        scheduler.prefix_hit_tokens += start
+    request.computed = start
+    request.status = RUNNING
+    state.classes[request.request_class].running += 1
+    state.running[scheduler.running] = r
+    scheduler.running += 1
+    allocate(state, r, blocks_for(start + chunk, engine.block_size) - request.kv_blocks)
+    _enlist(scheduler, state.batch[0], request, chunk)
+    return True
+
+
+@nb.njit(cache=True)
+def _reusable_tokens(state: State, r: int) -> int:
+    """Tokens of a waiting request that need no computing: swapped out, still cached, or a shared prefix."""
+    request, block_size = state.requests[r], state.engine[0].block_size
+    if request.host_blocks > 0:
+        return request.computed
+    cached = request.cached_blocks if request.cached_blocks > 0 else request.prefix_tokens // block_size
+    # The last token is always computed: it yields the next one.
+    return min(cached, (request.prompt_tokens + request.generated - 1) // block_size) * block_size
+
+
+@nb.njit(cache=True)
+def _lifetime_blocks(state: State, r: int, ratio: float) -> int:
+    """Blocks of request r once it has made this share of the output it still may make."""
+    decision, request = state.decision[0], state.requests[r]
+    more = ratio * min(float(request.max_tokens - request.generated), decision.reserve_clip)
+    return blocks_for(request.prompt_tokens + request.generated + int(np.ceil(more)), state.engine[0].block_size)
+
+
+@nb.njit(cache=True)
+def _outstanding_blocks(state: State) -> int:
+    """Blocks that the running requests are reckoned to take yet."""
+    ratio = state.decision[0].reserve_ratio
+    outstanding = 0
+    for i in range(state.scheduler[0].running):
+        r = state.running[i]
+        if state.requests[r].status == RUNNING:
+            outstanding += max(_lifetime_blocks(state, r, ratio) - state.requests[r].kv_blocks, 0)
+    return outstanding
+
+
+# ---------------------------------------------------------------------------------------------- accounts
+
+
+@nb.njit(cache=True, inline="always")
+def _total_blocks(state: State) -> int:
+    return state.engine[0].kv_blocks
+
+
+@nb.njit(cache=True, inline="always")
+def seats_taken(state: State) -> int:
+    """Requests in the running batch."""
+    return state.classes[IMMEDIATE].running + state.classes[DEFERRED].running
+
+
+@nb.njit(cache=True)
+def _compact(state: State) -> None:
+    """Drops from the running list what no longer runs, keeping its order."""
+    scheduler = state.scheduler[0]
+    kept = 0
+    for i in range(scheduler.running):
+        r = state.running[i]
+        if state.requests[r].status == RUNNING:
+            state.running[kept] = r
+            kept += 1
+    scheduler.running = kept
+
+
+@nb.njit(cache=True)
+def _join_tenant(state: State, tenant: int) -> None:
+    """Counts a request in; a tenant that returns is lifted to the least service among the active (VTC)."""
+    if state.tenants[tenant].active == 0:
+        least = np.inf
+        for other in range(len(state.tenants)):
+            if state.tenants[other].active > 0:
+                least = min(least, state.tenants[other].service)
+        if least < np.inf:
+            state.tenants[tenant].service = max(state.tenants[tenant].service, least)
+    state.tenants[tenant].active += 1
+
+
+@nb.njit(cache=True)
+def _book_prompt(state: State, r: int) -> None:
+    """Credits prompt tokens computed for the first time."""
+    request = state.requests[r]
+    fresh = request.computed - request.furthest
+    if fresh > 0:
+        request.furthest = request.computed
+        state.classes[request.request_class].prompt_done += fresh
+        state.tenants[request.tenant].service += INPUT_SERVICE * fresh
+
+
+@nb.njit(cache=True)
+def _first_token(state: State, r: int, now_s: float) -> None:
+    request = state.requests[r]
+    request.first_token_s = now_s
+    if request.request_class == IMMEDIATE:
+        if now_s > request.ttft_deadline_s:
+            _book_loss(state, r)
+        # The mean over the tokens after the first is promised, so the last one is due then.
+        request.deadline_s = min(
+            request.deadline_s, now_s + request.tpot_slo_s * max(request.output_tokens - 1, 0) * (1.0 + 1e-9)
+        )
+
+
+@nb.njit(cache=True)
+def _book_loss(state: State, r: int) -> None:
+    """Books once that the promise to request r is broken."""
+    request = state.requests[r]
+    if request.missed == 0:
+        request.missed = 1
+        group = state.classes[request.request_class]
+        group.lost += 1
+        group.lost_prompt += request.prompt_tokens
+        group.lost_output += request.output_tokens
+
+
+# The functions called for each running request in each iteration take records: passing the whole State costs more than
+# their work, because Numba counts references to every array in it.
+@nb.njit(cache=True, inline="always")
+def _overdue(scheduler, request) -> bool:
+    """True if a running request can no longer keep its promise and that is not yet booked."""
+    left = request.output_tokens - request.generated
+    return request.missed == 0 and scheduler.now_s + left * scheduler.fastest_step_s > request.deadline_s
+
+
+@nb.njit(cache=True)
+def _settle_running(state: State, r: int) -> int:
+    """Books the promise that running request r broke; 1 if its window closed and it ended for that."""
+    scheduler, request = state.scheduler[0], state.requests[r]
+    if request.request_class == IMMEDIATE:
+        _book_loss(state, r)
+        return 0
+    if scheduler.now_s <= request.deadline_s:
+        return 0
+    request.status = EXPIRED
+    _end_running(state, r, scheduler.now_s)
+    return 1
+
+
+@nb.njit(cache=True)
+def _settle_first_tokens(state: State) -> None:
+    """Books the loss of every request whose first token fell due unmade. `promises` is sorted by due time."""
+    scheduler = state.scheduler[0]
+    while scheduler.promises_next < scheduler.promises_length:
+        r = state.promises[scheduler.promises_next]
+        if state.requests[r].ttft_deadline_s >= scheduler.now_s:
+            return
+        if state.requests[r].first_token_s > state.requests[r].ttft_deadline_s:
+            _book_loss(state, r)
+        scheduler.promises_next += 1
+
+
+@nb.njit(cache=True)
+def _end_running(state: State, r: int, now_s: float) -> None:
+    state.classes[state.requests[r].request_class].running -= 1
+    release(state, r, 0)
+    _book_end(state, r, now_s)
+
+
+@nb.njit(cache=True)
+def _end_waiting(state: State, r: int, status: int) -> None:
+    remove(state, r)
+    forget(state, r)
+    state.scheduler[0].host_free_blocks += state.requests[r].host_blocks
+    state.requests[r].host_blocks = 0
+    state.requests[r].status = status
+    _book_end(state, r, state.scheduler[0].now_s)
+
+
+@nb.njit(cache=True)
+def _book_end(state: State, r: int, now_s: float) -> None:
+    """Books how request r, no longer in the system, ended: promise kept, or broken and its tokens void."""
+    request = state.requests[r]
+    group = state.classes[request.request_class]
+    request.finish_s = now_s
+    state.tenants[request.tenant].active -= 1
+    if request.status == FINISHED:
+        group.finished += 1
+        if now_s > request.deadline_s:
+            _book_loss(state, r)
+    else:
+        group.ended_otherwise += 1
+        _book_loss(state, r)
+    if request.missed == 1:
+        group.void_prompt += request.furthest
+        group.void_output += request.generated
+    else:
+        group.kept += 1
+        group.kept_prompt += request.prompt_tokens
+        group.kept_output += request.output_tokens

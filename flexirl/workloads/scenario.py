@@ -1,0 +1,426 @@
+"""Scenarios: an immediate stream and a deferred stream, drawn together into one `Trace` from a seed.
+
+What a row costs the engine is the engine's business; it is passed in as `service_time_s`, a function from rows of
+`TRACE_ROW` to seconds of the whole engine, float64 of the same length. It must depend on each row alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexirl.errors import UserError
+from flexirl.workloads.arrivals import ArrivalProcess, Poisson
+from flexirl.workloads.lengths import LengthModel
+from flexirl.workloads.readers import read_trace
+from flexirl.workloads.trace import DEFERRED, Trace, empty_rows
+
+ServiceTime = Callable[[np.ndarray], NDArray[np.float64]]
+
+# One independent random stream each, so that changing one part of a scenario leaves the draws of the others alone.
+# Append only: a stream's place decides its seed.
+RANDOM_STREAMS = (
+    "arrivals", "lengths", "tenants", "tiers", "predictor",
+    "deferred_arrivals", "deferred_lengths", "deferred_tenants", "deferred_predictor",
+)  # fmt: skip
+
+MEAN_SAMPLE = 20_000  # requests drawn to estimate a length model's mean service time
+
+
+def _require(ok: bool, name: str, value: object, rule: str) -> None:
+    if not ok:
+        raise UserError(f"{name}={value!r} is out of range; {rule}.")
+
+
+@dataclass(frozen=True)
+class SLO:
+    """The promise to an immediate request, in seconds."""
+
+    ttft_s: float
+    tpot_s: float
+
+    def __post_init__(self) -> None:
+        _require(self.ttft_s > 0, "slo.ttft_s", self.ttft_s, "a time to first token is positive")
+        _require(self.tpot_s > 0, "slo.tpot_s", self.tpot_s, "a time per output token is positive")
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A promise that a share of the immediate requests has; shares are relative."""
+
+    share: float
+    ttft_s: float
+    tpot_s: float
+
+    def __post_init__(self) -> None:
+        _require(self.share > 0, "slo_tiers.share", self.share, "a tier's share is positive")
+        SLO(self.ttft_s, self.tpot_s)
+
+
+@dataclass(frozen=True)
+class Tenants:
+    """`count` tenants whose shares of the requests follow a Zipf law: tenant k (from 0) has share (k + 1)^-skew."""
+
+    count: int = 1
+    skew: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.count >= 1, "tenants.count", self.count, "there is at least 1 tenant")
+
+    def draw(self, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """Tenant numbers of `count` requests."""
+        if self.count == 1:
+            return np.zeros(count, dtype=np.int64)
+        ends = np.cumsum(np.arange(1, self.count + 1) ** -float(self.skew))
+        return np.searchsorted(ends / ends[-1], rng.random(count), side="right").clip(max=self.count - 1)
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """An output-length predictor: the true length times a lognormal error of median 1.
+
+    error: standard deviation of the logarithm; 0 is an oracle. Off, it predicts nothing (0 tokens).
+    """
+
+    enabled: bool = False
+    error: float = 0.5
+
+    def __post_init__(self) -> None:
+        _require(self.error >= 0, "predictor.error", self.error, "the error is 0 or more")
+
+    def fill(self, rows: np.ndarray, rng: np.random.Generator) -> None:
+        """Sets predicted_output_tokens, from 1 to max_tokens."""
+        if self.enabled:
+            guess = rows["output_tokens"] * np.exp(self.error * rng.standard_normal(len(rows)))
+            rows["predicted_output_tokens"] = np.clip(np.rint(guess), 1, rows["max_tokens"])
+
+
+class _PerServiceTime:
+    """Remembers the last value that was derived from a service-time function; drawing many episodes asks often."""
+
+    def __init__(self) -> None:
+        self._of: ServiceTime | None = None
+        self._value = 0.0
+
+    def get(self, service_time_s: ServiceTime, derive: Callable[[], float]) -> float:
+        # ==, not `is`: every access to a bound method makes a new object.
+        if self._of is None or self._of != service_time_s:
+            self._value = derive()
+            self._of = service_time_s
+        return self._value
+
+
+def _mean_service_s(lengths: LengthModel, service_time_s: ServiceTime) -> float:
+    rows = empty_rows(MEAN_SAMPLE)
+    lengths.fill(rows, np.random.default_rng(0))  # the same for every episode: load is a property of the scenario
+    return _positive(float(np.mean(service_time_s(rows))))
+
+
+def _positive(seconds: float) -> float:
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise UserError(f"requests cost {seconds:g} s of the engine; load needs a positive service time.")
+    return seconds
+
+
+Rngs = dict[str, np.random.Generator]
+
+
+class ImmediateStream(Protocol):
+    """Where immediate requests come from."""
+
+    num_tenants: int
+
+    def length_s(self, duration_s: float | None, service_time_s: ServiceTime) -> float:
+        """Length of one draw in seconds."""
+        ...
+
+    def draw(self, duration_s: float | None, service_time_s: ServiceTime, rngs: Rngs) -> np.ndarray:
+        """Rows sorted by arrival, without promises."""
+        ...
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Immediate requests from an arrival process and a length model.
+
+    load: service seconds that arrive per second, in expectation; the request rate is load over the mean service time.
+    """
+
+    arrivals: ArrivalProcess
+    lengths: LengthModel
+    load: float
+    tenants: Tenants = field(default_factory=Tenants)
+    _mean: _PerServiceTime = field(default_factory=_PerServiceTime, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _require(self.load > 0, "workload.load", self.load, "the load is positive; 1 is the engine's capacity")
+
+    @property
+    def num_tenants(self) -> int:
+        """Tenants are numbered from 0 to one less."""
+        return self.tenants.count
+
+    def length_s(self, duration_s: float | None, service_time_s: ServiceTime) -> float:
+        """See `ImmediateStream.length_s`; raises UserError without a duration."""
+        if duration_s is None:
+            raise UserError("workload.duration_s=null is for traces; give a synthetic workload a duration in seconds.")
+        return duration_s
+
+    def rate_per_s(self, service_time_s: ServiceTime) -> float:
+        """Mean requests per second."""
+        return self.load / self._mean.get(service_time_s, lambda: _mean_service_s(self.lengths, service_time_s))
+
+    def draw(self, duration_s: float | None, service_time_s: ServiceTime, rngs: Rngs) -> np.ndarray:
+        """See `ImmediateStream.draw`."""
+        times = self.arrivals.draw(
+            self.rate_per_s(service_time_s), self.length_s(duration_s, service_time_s), rngs["arrivals"]
+        )
+        rows = empty_rows(len(times))
+        rows["arrival_s"] = times
+        self.lengths.fill(rows, rngs["lengths"])
+        rows["tenant"] = self.tenants.draw(len(rows), rngs["tenants"])
+        return rows
+
+
+class Recorded:
+    """Immediate requests of a recorded trace, whole or a window at a random place.
+
+    load: time is rescaled by one factor so that the service seconds of the WHOLE file over its rescaled length are
+    exactly this; None keeps the recorded times. Bursts stay bursts: a window's own load differs from it. The length of
+    a file is the time from its first to its last arrival plus one mean gap.
+    """
+
+    def __init__(self, path: str, load: float | None, format: str | None = None, seed: int = 0) -> None:
+        _require(load is None or load > 0, "workload.load", load, "the load is positive; 1 is the engine's capacity")
+        self.trace = read_trace(path, format, seed)
+        self.load = load
+        self.num_tenants = self.trace.num_tenants
+        arrival_s = self.trace.rows["arrival_s"]
+        self._since_first_s = arrival_s - arrival_s[0]
+        last = float(self._since_first_s[-1])
+        self._span_s = last * len(arrival_s) / (len(arrival_s) - 1) if last > 0 else 1.0
+        self._demand = _PerServiceTime()
+
+    def time_factor(self, service_time_s: ServiceTime) -> float:
+        """What recorded times are multiplied by."""
+        if self.load is None:
+            return 1.0
+        demand = self._demand.get(service_time_s, lambda: _positive(float(np.sum(service_time_s(self.trace.rows)))))
+        return demand / (self.load * self._span_s)
+
+    def length_s(self, duration_s: float | None, service_time_s: ServiceTime) -> float:
+        """See `ImmediateStream.length_s`; the whole file's rescaled length where duration_s is None."""
+        return self.time_factor(service_time_s) * self._span_s if duration_s is None else duration_s
+
+    def draw(self, duration_s: float | None, service_time_s: ServiceTime, rngs: Rngs) -> np.ndarray:
+        """See `ImmediateStream.draw`; raises UserError where the file is shorter than the duration."""
+        factor = self.time_factor(service_time_s)
+        if duration_s is None:
+            rows = self.trace.rows.copy()
+            rows["arrival_s"] = self._since_first_s * factor
+            return rows
+        room_s = self._span_s * factor - duration_s
+        if room_s < 0:
+            raise UserError(
+                f"{self.trace.name} lasts {self._span_s * factor:.6g} s at load {self.load}, less than "
+                f"workload.duration_s={duration_s:g}; lower the duration or the load, or set workload.duration_s=null."
+            )
+        start_s = rngs["arrivals"].random() * room_s
+        first, end = np.searchsorted(self._since_first_s, [start_s / factor, (start_s + duration_s) / factor])
+        rows = self.trace.rows[first:end].copy()
+        # Rounding of the bounds may leave an arrival a hair outside.
+        offset_s = self._since_first_s[first:end] * factor - start_s
+        rows["arrival_s"] = np.clip(offset_s, 0.0, np.nextafter(duration_s, 0.0))
+        return rows
+
+
+@dataclass(frozen=True)
+class Silent:
+    """No immediate requests."""
+
+    num_tenants: int = field(default=1, init=False)
+
+    def length_s(self, duration_s: float | None, service_time_s: ServiceTime) -> float:
+        """See `ImmediateStream.length_s`; raises UserError without a duration."""
+        if duration_s is None:
+            raise UserError("workload.duration_s=null is for traces; give this workload a duration in seconds.")
+        return duration_s
+
+    def draw(self, duration_s: float | None, service_time_s: ServiceTime, rngs: Rngs) -> np.ndarray:
+        """See `ImmediateStream.draw`."""
+        return empty_rows(0)
+
+
+class DeferredStream(Protocol):
+    """Where deferred requests come from."""
+
+    num_tenants: int
+
+    def draw(self, duration_s: float, service_time_s: ServiceTime, rngs: Rngs) -> np.ndarray:
+        """Rows sorted by arrival, with their completion windows."""
+        ...
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """Deferred requests that all wait from time 0, more than the engine can serve; no deadline.
+
+    margin: their service seconds are at least margin * duration_s.
+    """
+
+    lengths: LengthModel
+    margin: float = 1.3
+    tenants: Tenants = field(default_factory=Tenants)
+    _mean: _PerServiceTime = field(default_factory=_PerServiceTime, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _require(self.margin > 0, "deferred.margin", self.margin, "the margin is positive, above 1 to never run out")
+
+    @property
+    def num_tenants(self) -> int:
+        """Tenants are numbered from 0 to one less."""
+        return self.tenants.count
+
+    def draw(self, duration_s: float, service_time_s: ServiceTime, rngs: Rngs) -> np.ndarray:
+        """See `DeferredStream.draw`."""
+        needed_s = self.margin * duration_s
+        mean_s = self._mean.get(service_time_s, lambda: _mean_service_s(self.lengths, service_time_s))
+        parts: list[np.ndarray] = []
+        missing_s = needed_s
+        while missing_s > 0:
+            rows = empty_rows(int(1.05 * missing_s / mean_s) + 16)
+            self.lengths.fill(rows, rngs["deferred_lengths"])
+            total = np.cumsum(service_time_s(rows))
+            enough = int(np.searchsorted(total, missing_s)) + 1
+            parts.append(rows[:enough])
+            missing_s -= float(total[min(enough, len(total)) - 1])
+        rows = np.concatenate(parts)
+        rows["tenant"] = self.tenants.draw(len(rows), rngs["deferred_tenants"])
+        return rows
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Deferred requests in files: batch_size requests of one tenant at once, due window_s * time_scale later.
+
+    Files arrive at times_s, or, where that is None, in a Poisson process of mean gap interval_s. The window of
+    today's batch APIs is 24 h; time_scale shrinks it for a short scenario.
+    """
+
+    lengths: LengthModel
+    batch_size: int
+    interval_s: float | None = None
+    times_s: tuple[float, ...] | None = None
+    window_s: float = 86400.0
+    time_scale: float = 1.0
+    tenants: Tenants = field(default_factory=Tenants)
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "deferred.batch_size", self.batch_size, "a file has at least 1 request")
+        _require(
+            (self.interval_s is None) != (self.times_s is None), "deferred.interval_s", self.interval_s,
+            "give either interval_s or times_s, the other one null",
+        )  # fmt: skip
+        _require(
+            self.interval_s is None or self.interval_s > 0, "deferred.interval_s", self.interval_s,
+            "the mean gap between files is positive",
+        )  # fmt: skip
+        _require(
+            all(time >= 0 for time in self.times_s or ()),
+            "deferred.times_s",
+            self.times_s,
+            "files arrive at 0 or later",
+        )
+        _require(self.window_s > 0, "deferred.window_s", self.window_s, "a completion window is positive")
+        _require(self.time_scale > 0, "deferred.time_scale", self.time_scale, "the scale is positive")
+
+    @property
+    def num_tenants(self) -> int:
+        """Tenants are numbered from 0 to one less."""
+        return self.tenants.count
+
+    def draw(self, duration_s: float, service_time_s: ServiceTime, rngs: Rngs) -> np.ndarray:
+        """See `DeferredStream.draw`."""
+        if self.interval_s is not None:
+            times = Poisson().draw(1 / self.interval_s, duration_s, rngs["deferred_arrivals"])
+        else:
+            times = np.sort(np.asarray(self.times_s, dtype=np.float64))
+            times = times[times < duration_s]
+        rows = empty_rows(len(times) * self.batch_size)
+        rows["arrival_s"] = np.repeat(times, self.batch_size)
+        rows["window_s"] = self.window_s * self.time_scale
+        self.lengths.fill(rows, rngs["deferred_lengths"])
+        rows["tenant"] = np.repeat(self.tenants.draw(len(times), rngs["deferred_tenants"]), self.batch_size)
+        return rows
+
+
+@dataclass(frozen=True)
+class NoDeferred:
+    """No deferred requests."""
+
+    num_tenants: int = field(default=1, init=False)
+
+    def draw(self, duration_s: float, service_time_s: ServiceTime, rngs: Rngs) -> np.ndarray:
+        """See `DeferredStream.draw`."""
+        return empty_rows(0)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Two streams of requests over a span of time.
+
+    duration_s: length of one draw in seconds; None is the whole of a recorded trace. warmup_s: the first seconds,
+    which measurements leave out. slo_tiers: promises among which immediate requests are divided; empty, all of them
+    have the SLO given to `draw`.
+    """
+
+    name: str
+    immediate: ImmediateStream
+    deferred: DeferredStream
+    duration_s: float | None
+    warmup_s: float = 0.0
+    slo_tiers: tuple[Tier, ...] = ()
+    predictor: Predictor = field(default_factory=Predictor)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.duration_s is None or self.duration_s > 0, "workload.duration_s", self.duration_s, "it is positive"
+        )
+        _require(
+            0 <= self.warmup_s < (self.duration_s or math.inf), "workload.warmup_s", self.warmup_s,
+            "it is at least 0 and less than workload.duration_s",
+        )  # fmt: skip
+
+    def length_s(self, service_time_s: ServiceTime) -> float:
+        """Length of one draw in seconds, for this engine."""
+        return self.immediate.length_s(self.duration_s, service_time_s)
+
+    def draw(self, seed: int, service_time_s: ServiceTime, slo: SLO) -> Trace:
+        """The requests of one episode: the same for the same seed and engine, on any machine.
+
+        Arrivals lie in [0, length_s). Raises UserError where the configuration cannot be met.
+        """
+        children = np.random.SeedSequence(seed).spawn(len(RANDOM_STREAMS))
+        rngs = {name: np.random.default_rng(child) for name, child in zip(RANDOM_STREAMS, children, strict=True)}
+
+        immediate = self.immediate.draw(self.duration_s, service_time_s, rngs)
+        tiers = self.slo_tiers or (Tier(1.0, slo.ttft_s, slo.tpot_s),)
+        ends = np.cumsum([tier.share for tier in tiers])
+        tier = np.searchsorted(ends / ends[-1], rngs["tiers"].random(len(immediate)), side="right")
+        tier = tier.clip(max=len(tiers) - 1)
+        immediate["ttft_slo_s"] = np.array([tier.ttft_s for tier in tiers])[tier]
+        immediate["tpot_slo_s"] = np.array([tier.tpot_s for tier in tiers])[tier]
+        self.predictor.fill(immediate, rngs["predictor"])
+
+        deferred = self.deferred.draw(self.length_s(service_time_s), service_time_s, rngs)
+        deferred["request_class"] = DEFERRED
+        self.predictor.fill(deferred, rngs["deferred_predictor"])
+
+        rows = np.concatenate([immediate, deferred])
+        rows = rows[np.argsort(rows["arrival_s"], kind="stable")]
+        return Trace(rows, self.name, max(self.immediate.num_tenants, self.deferred.num_tenants))

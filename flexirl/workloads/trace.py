@@ -1,0 +1,90 @@
+"""A trace: the requests of one scenario, one row each, sorted by arrival."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from flexirl.errors import UserError
+
+IMMEDIATE = 0
+DEFERRED = 1
+
+TRACE_ROW = np.dtype(
+    [
+        ("arrival_s", "f8"),  # seconds since the start of the scenario
+        ("ttft_slo_s", "f8"),  # promised time to first token; inf where none is promised
+        ("tpot_slo_s", "f8"),  # promised mean time per output token after the first; inf where none
+        ("window_s", "f8"),  # completion window: the last token is due at arrival_s + window_s; inf where none
+        ("request_class", "i4"),  # IMMEDIATE or DEFERRED
+        ("tenant", "i4"),  # 0-based tenant number
+        ("prompt_tokens", "i4"),  # image tokens included
+        ("output_tokens", "i4"),  # true output length: known to the trace alone, never to a policy
+        ("max_tokens", "i4"),  # the limit the client asked for, at least output_tokens
+        ("predicted_output_tokens", "i4"),  # what an output-length predictor says; 0 where none is switched on
+        ("num_images", "i4"),
+        ("image_tokens", "i4"),  # of prompt_tokens, those that a vision encoder makes
+        ("prefix_tokens", "i4"),  # of prompt_tokens, those already cached by an earlier request
+    ],
+    align=True,
+)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Requests sorted by arrival.
+
+    rows: array of `TRACE_ROW`; name: where they come from; num_tenants: tenants are 0..num_tenants-1.
+    """
+
+    rows: np.ndarray
+    name: str
+    num_tenants: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def of_class(self, request_class: int) -> np.ndarray:
+        """The rows of one class, as a copy."""
+        return self.rows[self.rows["request_class"] == request_class]
+
+    @property
+    def duration_s(self) -> float:
+        """Time of the last arrival in seconds."""
+        return float(self.rows["arrival_s"][-1]) if len(self.rows) else 0.0
+
+
+def empty_rows(count: int) -> np.ndarray:
+    """`count` rows with the defaults: immediate, tenant 0, no images, no promises, one token each way."""
+    rows = np.zeros(count, dtype=TRACE_ROW)
+    for promise in ("ttft_slo_s", "tpot_slo_s", "window_s"):
+        rows[promise] = np.inf
+    rows["prompt_tokens"] = 1
+    rows["output_tokens"] = 1
+    rows["max_tokens"] = 1
+    return rows
+
+
+def merge(traces: list[Trace], name: str) -> Trace:
+    """One trace of all rows, stable-sorted by arrival; tenants keep their numbers."""
+    rows = np.concatenate([trace.rows for trace in traces])
+    order = np.argsort(rows["arrival_s"], kind="stable")
+    return Trace(rows[order], name, max(trace.num_tenants for trace in traces))
+
+
+def check(rows: np.ndarray, source: str) -> None:
+    """Raises UserError, naming the first bad row of `source`, unless every row can be served."""
+    rules = (
+        ("arrival_s", rows["arrival_s"] < 0, "arrival times start at 0 or later"),
+        ("arrival_s", ~np.isfinite(rows["arrival_s"]), "arrival times are finite seconds"),
+        ("prompt_tokens", rows["prompt_tokens"] < 1, "a prompt has at least 1 token"),
+        ("output_tokens", rows["output_tokens"] < 1, "an output has at least 1 token"),
+        ("max_tokens", rows["max_tokens"] < rows["output_tokens"], "max_tokens is at least output_tokens"),
+        ("image_tokens", rows["image_tokens"] > rows["prompt_tokens"], "image tokens are part of the prompt"),
+        ("prefix_tokens", rows["prefix_tokens"] > rows["prompt_tokens"], "cached tokens are part of the prompt"),
+    )
+    for column, broken, remedy in rules:
+        if broken.any():
+            at = int(np.argmax(broken))
+            raise UserError(f"{source}: row {at} has {column}={rows[column][at]}; {remedy}.")

@@ -7,23 +7,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
-import sys
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from numpy.typing import NDArray
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from flexirl.errors import UserError
+from flexirl.program import output_folder, run_program
+from flexirl.runtime.capacity import ServiceTime
+from flexirl.configured import load_engine, load_slo, seed_of
 from flexirl.workloads.config import from_config
-from flexirl.workloads.scenario import SLO, ServiceTime
+from flexirl.workloads.scenario import ServiceTime as ServiceTimeFunction
 from flexirl.workloads.statistics import gap_cv, index_of_dispersion, peak_to_mean
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE, Trace
 
@@ -32,12 +28,7 @@ LENGTHS = ("prompt_tokens", "output_tokens", "image_tokens")
 PERCENTILES = (5, 50, 95, 99)
 
 
-def token_service_time_s(rows: np.ndarray) -> NDArray[np.float64]:
-    """Seconds of an engine that costs 20 microseconds per prompt token and 300 per output token."""
-    return rows["prompt_tokens"] * 20e-6 + rows["output_tokens"] * 300e-6
-
-
-def describe(trace: Trace, duration_s: float, service_time_s: ServiceTime = token_service_time_s) -> dict[str, Any]:
+def describe(trace: Trace, duration_s: float, service_time_s: ServiceTimeFunction) -> dict[str, Any]:
     """Statistics of a trace, per request class; times in seconds, lengths in tokens, None where undefined."""
     classes: dict[str, Any] = {}
     for name, request_class in CLASSES.items():
@@ -106,83 +97,47 @@ def plot(trace: Trace, duration_s: float, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure = Figure(figsize=(10, 8), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2, 2)
-    arrivals = figure.add_subplot(grid[0, :])
-    bins = 200
-    for name, request_class in CLASSES.items():
-        times = trace.of_class(request_class)["arrival_s"]
-        if len(times):
-            count, edges = np.histogram(times, bins, (0.0, duration_s))
-            arrivals.stairs(count / np.diff(edges), edges, label=name, fill=name == "immediate", alpha=0.8)
-    arrivals.set(title=f"{trace.name}: arrivals", xlabel="time (s)", ylabel="requests/s", yscale="symlog")
-    arrivals.set_ylim(bottom=0)
+    grid = figure.add_gridspec(3, 2)
+    for row, (name, request_class) in enumerate(CLASSES.items()):
+        count, edges = np.histogram(trace.of_class(request_class)["arrival_s"], 200, (0.0, duration_s))
+        arrivals = figure.add_subplot(grid[row, :])
+        arrivals.stairs(count / np.diff(edges), edges, fill=True, color=f"C{row}")
+        arrivals.set(title=f"{trace.name}: {name} arrivals", ylabel="requests/s", xlim=(0, duration_s))
+        arrivals.set_ylim(bottom=0)
+    arrivals.set_xlabel("time (s)")
     for column, axes in zip(
-        ("prompt_tokens", "output_tokens"), (figure.add_subplot(grid[1, i]) for i in (0, 1)), strict=True
+        ("prompt_tokens", "output_tokens"), (figure.add_subplot(grid[2, i]) for i in (0, 1)), strict=True
     ):
         top = math.log10(max(10, int(trace.rows[column].max()))) if len(trace) else 1.0
-        for name, request_class in CLASSES.items():
+        for row, (name, request_class) in enumerate(CLASSES.items()):
             tokens = trace.of_class(request_class)[column]
             if len(tokens):
+                share = np.full(len(tokens), 1 / len(tokens))
                 axes.hist(
-                    tokens,
-                    np.logspace(0, top, 60).tolist(),
-                    weights=np.full(len(tokens), 1 / len(tokens)),
-                    alpha=0.6,
-                    label=name,
+                    tokens, np.logspace(0, top, 60).tolist(), weights=share, alpha=0.6, color=f"C{row}", label=name
                 )
         axes.set(xscale="log", xlabel=column.replace("_", " "), ylabel="share of requests")
-    if len(trace):
-        arrivals.legend(loc="upper right")
+        axes.legend()
     figure.savefig(path, dpi=110)
 
 
 def run(config: DictConfig) -> None:
     """Draws, prints and writes; raises UserError for bad configuration."""
     scenario = from_config(config.workload)
-    try:
-        slo = SLO(float(config.slo.ttft_s), float(config.slo.tpot_s))
-        seed = int(config.seed)
-    except (TypeError, ValueError) as error:
-        raise (
-            error if isinstance(error, UserError) else UserError(f"seed and slo should be numbers ({error}).")
-        ) from None
-    if seed < 0:
-        raise UserError(f"seed={seed} is out of range; a seed is 0 or more.")
-    trace = scenario.draw(seed, token_service_time_s, slo)
-    duration_s = scenario.length_s(token_service_time_s)
-    summary = {**describe(trace, duration_s), "seed": seed}
+    slo = load_slo(config.slo)
+    seed = seed_of(config.seed)
+    service_time_s = ServiceTime(load_engine(config.engine))
+    trace = scenario.draw(seed, service_time_s, slo)
+    duration_s = scenario.length_s(service_time_s)
+    summary = {**describe(trace, duration_s, service_time_s), "seed": seed}
     print(table(summary))
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    folder = output_folder()
     (folder / "workload.json").write_text(json.dumps(summary, indent=1) + "\n")
     plot(trace, duration_s, folder / "workload.png")
     print(f"written to {folder}")
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="workload_stats")
-def _hydra_main(config: DictConfig) -> None:
-    try:
-        run(config)
-    except UserError as error:
-        _fail(error)
-
-
-def _fail(error: Exception) -> None:
-    # Hydra's messages span lines and end in places to look that mean nothing to a user.
-    message = re.split("Config search path:|See https:", str(error))[0]
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
-
-
-def main() -> None:
-    """Entry point: exits with 2 and one sentence where the user got something wrong."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print, so that we can say it in a sentence
-    try:
-        _hydra_main()
-    except (HydraException, OmegaConfBaseException) as error:
-        _fail(error)
-
-
 if __name__ == "__main__":
-    main()
+    run_program("workload_stats", run)

@@ -28,7 +28,7 @@ from flexirl.runtime.state import (
     RUNNING,
     State,
 )
-from flexirl.runtime.step_time import step_time
+from flexirl.runtime.step_time import step_time_with_chunk, step_time_with_decode
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 # Immediate prefill always advances by this much, whatever its step target: chunks this small are all but free.
@@ -207,7 +207,6 @@ def _schedule_running(state: State, immediate: bool, deferred: bool) -> None:
     count = scheduler.running
     block_size = engine.block_size
     limited = decision.deferred_step_s < np.inf and deferred
-    predicted_s = step_time(engine, batch) if limited else 0.0
     prefills = 0
     for decodes in (True, False):
         if not decodes and prefills == 0:
@@ -230,37 +229,16 @@ def _schedule_running(state: State, immediate: bool, deferred: bool) -> None:
                 chunk = _chunk(state, r, request.computed)
                 if chunk > 0 and _grow(state, r, request.computed + chunk):
                     _enlist(scheduler, batch, request, chunk)
-                    if limited:
-                        predicted_s = step_time(engine, batch)
                 continue
             if limited and waits:
-                longer_s = predicted_s + _decode_cost(engine, batch, request.computed + 1)
+                longer_s = step_time_with_decode(engine, batch, request.computed + 1.0)
                 if longer_s > decision.deferred_step_s and not _within_floor(state):
                     continue
-                predicted_s = longer_s
             # Nearly always the token fits into the last block; the call, which copies the state, is for the rest.
             if blocks_for(request.computed + 1, block_size) > request.kv_blocks:
-                before = state.classes[IMMEDIATE].preempted + state.classes[DEFERRED].preempted
-                grown = _grow(state, r, request.computed + 1)
-                if limited and state.classes[IMMEDIATE].preempted + state.classes[DEFERRED].preempted > before:
-                    predicted_s = step_time(engine, batch)
-                if not grown:
+                if not _grow(state, r, request.computed + 1):
                     continue
             _enlist(scheduler, batch, request, 1)
-
-
-@nb.njit(cache=True, inline="always")
-def _decode_cost(engine, batch, context: int) -> float:
-    """Seconds that one more decode at this context adds to the predicted step."""
-    tokens = batch.prefill_tokens + batch.decode_sequences
-    cost = engine.per_token_s + engine.per_sequence_s + engine.per_context_s * context
-    if tokens >= 64:
-        cost += engine.per_token_64_s
-    if tokens >= 128:
-        cost += engine.per_token_128_s
-    if tokens >= 256:
-        cost += engine.per_token_256_s
-    return cost
 
 
 @nb.njit(cache=True, inline="always")
@@ -281,16 +259,16 @@ def _within_floor(state: State) -> bool:
 def _chunk(state: State, r: int, start: int) -> int:
     """Tokens of request r to prefill from position `start`: within budget and the step target of its kind of work."""
     scheduler, decision, batch = state.scheduler[0], state.decision[0], state.batch[0]
-    request = state.requests[r]
+    engine, request = state.engine[0], state.requests[r]
     limit = min(request.prompt_tokens + request.generated - start, scheduler.budget)
     waits = best_effort(request)
     target_s = decision.deferred_step_s if waits else decision.immediate_step_s
-    if target_s == np.inf or limit <= 0 or _step_with_chunk(state, r, start, limit) <= target_s:
+    if target_s == np.inf or limit <= 0 or _step_with_chunk(engine, batch, request, start, limit) <= target_s:
         return limit
     low, high = 0, limit
     while high - low > 1:
         middle = (low + high) // 2
-        if _step_with_chunk(state, r, start, middle) <= target_s:
+        if _step_with_chunk(engine, batch, request, start, middle) <= target_s:
             low = middle
         else:
             high = middle
@@ -303,20 +281,9 @@ def _chunk(state: State, r: int, start: int) -> int:
     return low
 
 
-@nb.njit(cache=True)
-def _step_with_chunk(state: State, r: int, start: int, tokens: int) -> float:
-    """Predicted seconds of the iteration if it also held this chunk."""
-    batch = state.batch[0]
-    chunk_context = float(tokens) * start + 0.5 * float(tokens) * tokens
-    images = image_tokens_of_chunk(state.requests[r], start, tokens)
-    batch.prefill_tokens += tokens
-    batch.chunk_context += chunk_context
-    batch.image_tokens += images
-    predicted_s = step_time(state.engine[0], batch)
-    batch.prefill_tokens -= tokens
-    batch.chunk_context -= chunk_context
-    batch.image_tokens -= images
-    return predicted_s
+@nb.njit(cache=True, inline="always")
+def _step_with_chunk(engine, batch, request, start: int, tokens: int) -> float:
+    return step_time_with_chunk(engine, batch, start, tokens, image_tokens_of_chunk(request, start, tokens))
 
 
 @nb.njit(cache=True)

@@ -100,30 +100,33 @@ def step_time(engine, batch):
 
 
 @njit(cache=True)
-def largest_chunk(engine, batch, context, limit, target_s):
-    """The largest prefill chunk of at most `limit` tokens that may join `batch` within `target_s` seconds.
+def step_time_with_decode(engine, batch, context):
+    """The same if one more decode, which attends to `context` tokens, joined the batch."""
+    return _seconds(
+        engine,
+        batch.prefill_tokens,
+        batch.decode_sequences + 1,
+        batch.sampled_sequences + 1,
+        batch.decode_context + context,
+        batch.chunk_context,
+        batch.image_tokens,
+        batch.swap_tokens,
+    )
 
-    `context` tokens of the request are already computed. A chunk of x tokens adds x to the prefill tokens and
-    x * context + x^2 / 2 to the chunk context. Returns 0 where the batch alone already takes `target_s` or longer.
-    """
-    fits, too_long = 0, limit + 1
-    while too_long - fits > 1:
-        chunk = (fits + too_long) // 2
-        seconds = _seconds(
-            engine,
-            batch.prefill_tokens + chunk,
-            batch.decode_sequences,
-            batch.sampled_sequences,
-            batch.decode_context,
-            batch.chunk_context + chunk * (context + 0.5 * chunk),
-            batch.image_tokens,
-            batch.swap_tokens,
-        )
-        if seconds <= target_s:
-            fits = chunk
-        else:
-            too_long = chunk
-    return fits
+
+@njit(cache=True)
+def step_time_with_chunk(engine, batch, context, chunk, image_tokens):
+    """The same if a prefill chunk of `chunk` tokens, behind `context` computed ones, joined with its image tokens."""
+    return _seconds(
+        engine,
+        batch.prefill_tokens + chunk,
+        batch.decode_sequences,
+        batch.sampled_sequences,
+        batch.decode_context,
+        batch.chunk_context + chunk * (context + 0.5 * chunk),
+        batch.image_tokens + image_tokens,
+        batch.swap_tokens,
+    )
 
 
 def design_matrix(features: np.ndarray) -> np.ndarray:

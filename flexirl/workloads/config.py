@@ -34,14 +34,14 @@ def from_config(config: Node) -> scenario.Scenario:
             raise UserError(f"{error.full_key or 'workload'} cannot be read: {reason}; give it a value.") from None
     node = dict(config)
     # These two are written once, at the top, since a user sets them most: `workload.load=0.9 workload.path=...`.
-    load, path = node.pop("load", None), node.pop("path", None)
+    load = node.pop("load", None)
     if load is not None and (isinstance(load, bool) or not isinstance(load, _NUMBER)):
         raise UserError(f"workload.load={load!r} should be a number; 1 is the engine's capacity.")
     immediate = _mapping("workload.immediate", node.get("immediate"))
     if immediate.get("kind") == "synthetic":
         immediate["load"] = load
     elif immediate.get("kind") == "trace":
-        immediate |= {"load": load, "path": path}
+        immediate |= {"load": load, "path": node.pop("path", None)}
     node["immediate"] = immediate
     return _object(scenario.Scenario, "workload", node, _SCENARIO)  # type: ignore[no-any-return]
 

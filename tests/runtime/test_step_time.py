@@ -14,7 +14,16 @@ from scipy.optimize import nnls
 from flexirl.errors import UserError
 from flexirl.runtime.engine import ENGINE
 from flexirl.runtime.profiles_from_data import H100, LLAMA_31_8B, read_iterations
-from flexirl.runtime.step_time import BATCH, COEFFICIENTS, design_matrix, fit, largest_chunk, roofline, step_time
+from flexirl.runtime.step_time import (
+    BATCH,
+    COEFFICIENTS,
+    design_matrix,
+    fit,
+    roofline,
+    step_time,
+    step_time_with_chunk,
+    step_time_with_decode,
+)
 
 CALIBRATION = Path(__file__).parents[2].parent / "shared" / "calibration"
 
@@ -77,21 +86,20 @@ def test_design_matrix_is_the_same_model(engine: np.void, batch: np.void) -> Non
 
 
 @settings(deadline=None)
-@given(engines, batches, st.integers(0, 5000), st.integers(0, 300), st.floats(0.5, 2))
-def test_largest_chunk_is_what_trying_all_finds(
-    engine: np.void, batch: np.void, context: int, limit: int, scale: float
+@given(engines, batches, st.integers(0, 5000), st.integers(1, 300), st.integers(0, 500))
+def test_one_more_decode_or_chunk_is_a_batch_that_holds_it(
+    engine: np.void, batch: np.void, context: int, chunk: int, image_tokens: int
 ) -> None:
-    def with_chunk(chunk: int) -> float:
-        joined = batch.copy()
-        joined["prefill_tokens"] += chunk
-        joined["chunk_context"] += chunk * (context + 0.5 * chunk)
-        return step_time(engine, joined)
-
-    target = scale * with_chunk(limit // 2)
-    times = [with_chunk(chunk) for chunk in range(1, limit + 1)]
-    expected = sum(seconds <= target for seconds in times)  # monotone, so those that fit are a prefix
-    assert times == sorted(times)
-    assert largest_chunk(engine, batch, context, limit, target) == expected
+    joined = batch.copy()
+    joined["prefill_tokens"] += chunk
+    joined["chunk_context"] += chunk * (context + 0.5 * chunk)
+    joined["image_tokens"] += image_tokens
+    assert step_time_with_chunk(engine, batch, context, chunk, image_tokens) == pytest.approx(by_hand(engine, joined))
+    joined = batch.copy()
+    joined["decode_sequences"] += 1
+    joined["sampled_sequences"] += 1
+    joined["decode_context"] += context
+    assert step_time_with_decode(engine, batch, context) == pytest.approx(by_hand(engine, joined))
 
 
 def random_batches(count: int, seed: int) -> np.ndarray:

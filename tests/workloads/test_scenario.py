@@ -240,6 +240,7 @@ def test_drawing_an_episode_is_cheap():
     [
         (["workload=trace"], "workload.path"),
         (["workload=trace", "workload.path=none.csv"], "none.csv does not exist"),
+        (["+workload.path=t.csv"], "workload.path is not a parameter here"),
         (["workload.load=-1"], "workload.load=-1.0 is out of range"),
         (["workload.load=much"], "workload.load='much' should be a number"),
         (["workload.warmup_s=300"], "workload.warmup_s=300.0"),

@@ -17,6 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 from flexirl.errors import UserError
 
 
+_CONF = Path(__file__).resolve().parent / "conf"
+
+
 def run_program(config_name: str, body: Callable[[DictConfig], object]) -> None:
     """Runs `body` on the configuration `conf/<config_name>.yaml` with the command line's overrides."""
     sys.argv[1:] = [part for argument in sys.argv[1:] for part in _engine_file(argument)]
@@ -30,7 +33,7 @@ def run_program(config_name: str, body: Callable[[DictConfig], object]) -> None:
             _fail(error)
 
     try:
-        hydra.main(version_base="1.3", config_path="conf", config_name=config_name)(guarded)()
+        hydra.main(version_base="1.3", config_path=str(_CONF), config_name=config_name)(guarded)()
     except (HydraException, OmegaConfBaseException) as error:
         _fail(error)
     except KeyboardInterrupt:

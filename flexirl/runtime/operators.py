@@ -353,6 +353,7 @@ def fit_profile(folder: str | Path, count: int = 8000) -> EngineProfile:
         if not isinstance(source.get(name), int):
             raise UserError(f"{folder / 'meta.json'} needs the whole number {name} of the recorded engine.")
         values[field] = source[name]
+    values["kv_blocks"] -= 1  # vLLM keeps one block of its pool back: padding and skipped positions point to it
     values["prefix_caching"] = int(bool(cache.get("enable_prefix_caching", False)))
     origin = {field: "setting of the recorded run (meta.json)" for field in values}
     tables = OperatorTables.read(folder)

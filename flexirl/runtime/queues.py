@@ -8,6 +8,7 @@ A class has one lane, or one per tenant in the FAIR order.
 from __future__ import annotations
 
 import numba as nb
+import numpy as np
 
 from flexirl.runtime.state import ARRIVAL, DEADLINE, FAIR, SCORE, SHORTEST, WAITING, State
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
@@ -70,8 +71,9 @@ def _key(state: State, r: int) -> float:
     return due + group.order_weight_s * remaining
 
 
-# Relegated requests keep their order among themselves, behind all others.
+# Relegated requests keep their order among themselves, behind all others, even those that are due at no time at all.
 _RELEGATED_OFFSET = 1e12
+_LATEST_KEY = 5e11
 
 
 @nb.njit(cache=True)
@@ -80,7 +82,7 @@ def push(state: State, r: int) -> None:
     requests = state.requests
     request = requests[r]
     group = state.classes[request.request_class]
-    request.key = _key(state, r) + (_RELEGATED_OFFSET if request.relegated else 0.0)
+    request.key = min(_key(state, r), _LATEST_KEY) + (_RELEGATED_OFFSET if request.relegated else 0.0)
     request.left = NONE
     request.right = NONE
     request.status = WAITING
@@ -114,16 +116,21 @@ def remove(state: State, r: int) -> None:
 
 @nb.njit(cache=True)
 def head(state: State, request_class: int) -> int:
-    """The next request of a class in its order, or NONE. FAIR: of the tenant with the least service so far."""
+    """The next request of a class in its order, or NONE.
+
+    FAIR: of the tenant with the least service so far, among those whose next request is not relegated if there are any.
+    """
     lanes = state.lanes[request_class]
     if state.classes[request_class].order != FAIR:
         return lanes[0]
     best = NONE
-    least = 0.0
+    least = (0, 0.0)
     for tenant in range(len(lanes)):
-        if lanes[tenant] != NONE and (best == NONE or state.tenants[tenant].service < least):
-            best = lanes[tenant]
-            least = state.tenants[tenant].service
+        if lanes[tenant] != NONE:
+            standing = (state.requests[lanes[tenant]].relegated, state.tenants[tenant].service)
+            if best == NONE or standing < least:
+                best = lanes[tenant]
+                least = standing
     return best
 
 
@@ -162,3 +169,42 @@ def reorder(state: State, request_class: int, order: int, weight_s: float, expec
     for r in range(len(state.requests)):
         if state.requests[r].status == WAITING and state.requests[r].request_class == request_class:
             push(state, r)
+
+
+@nb.njit(cache=True)
+def rescore(state: State, r: int, score: float) -> None:
+    """Gives request r, waiting or running, a new score; a waiting one moves to its place in the SCORE order."""
+    if state.requests[r].status == WAITING:
+        remove(state, r)
+        state.requests[r].score = score
+        push(state, r)
+    else:
+        state.requests[r].score = score
+
+
+@nb.njit(cache=True)
+def first_waiting(state: State, request_class: int, out: np.ndarray) -> int:
+    """Writes the first len(out) requests of a class, in its order, into `out` (int32); returns how many there are.
+
+    Walks the heap from its root, always to the foremost of the requests bordering on those already found. In the FAIR
+    order, whose lanes are per tenant, only the first lane is read.
+    """
+    border = np.empty(len(out) + 1, np.int32)
+    border[0] = state.lanes[request_class, 0]
+    size = 0 if border[0] == NONE else 1
+    found = 0
+    while size > 0 and found < len(out):
+        best = 0
+        for i in range(1, size):
+            if _before(state.requests, border[i], border[best]):
+                best = i
+        r = border[best]
+        out[found] = r
+        found += 1
+        size -= 1
+        border[best] = border[size]
+        for child in (state.requests[r].left, state.requests[r].right):
+            if child != NONE and size < len(border):
+                border[size] = child
+                size += 1
+    return found

@@ -18,6 +18,7 @@ from flexirl.runtime.state import (
     CLASSES,
     EXPIRED,
     FINISHED,
+    FUTURE,
     ITL_BINS,
     LAST,
     LEAST_OUTPUT,
@@ -26,6 +27,7 @@ from flexirl.runtime.state import (
     RECOMPUTE,
     REJECTED,
     RUNNING,
+    WAITING,
     State,
 )
 from flexirl.runtime.step_time import step_time_with_chunk, step_time_with_decode
@@ -35,6 +37,8 @@ from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 MIN_CHUNK = 64
 # Weights of the service that fairness counts (VTC: an output token costs twice an input token).
 INPUT_SERVICE, OUTPUT_SERVICE = 1.0, 2.0
+# Whom an eviction may hit: any running request, work that may wait (`best_effort`), or deferred requests alone.
+ANYONE, ONLY_BEST_EFFORT, ONLY_DEFERRED = range(3)
 
 
 @nb.njit(cache=True)
@@ -52,12 +56,12 @@ def submit(state: State, r: int) -> None:
     request.preemptions = 0
     request.relegated = 0
     request.missed = 0
-    request.score = 0.0
+    request.score = 1.0 if request.request_class == IMMEDIATE else 0.0
     request.first_token_s = np.inf
     request.last_token_s = np.inf
     request.finish_s = np.inf
     group.arrived += 1
-    group.arrived_tokens += request.prompt_tokens + request.output_tokens
+    group.arrived_prompt += request.prompt_tokens
     longest = request.prompt_tokens + request.max_tokens
     _join_tenant(state, request.tenant)
     if longest > engine.max_model_len or blocks_for(longest, engine.block_size) > _total_blocks(state):
@@ -74,8 +78,8 @@ def apply(state: State) -> None:
     reorder(state, IMMEDIATE, decision.immediate_order, decision.order_weight_s, decision.expected_output)
     reorder(state, DEFERRED, decision.deferred_order, decision.order_weight_s, decision.expected_output)
     for _ in range(decision.preempt_count):
-        victim = _victim(state, DEFERRED)
-        if victim == NONE or state.requests[victim].request_class != DEFERRED:
+        victim = _victim(state, ONLY_DEFERRED)
+        if victim == NONE:
             break
         _preempt(state, victim)
     _compact(state)
@@ -174,13 +178,13 @@ def settle(state: State) -> None:
 
 @nb.njit(cache=True)
 def cancel(state: State, r: int) -> None:
-    """Ends request r between two iterations, whatever it is doing, and frees all it holds."""
+    """Ends request r between two iterations and frees all it holds; nothing happens if it has ended already."""
     request = state.requests[r]
     if request.status == RUNNING:
         request.status = CANCELLED
         _end_running(state, r, state.scheduler[0].now_s)
         _compact(state)
-    else:
+    elif request.status == WAITING:
         _end_waiting(state, r, CANCELLED)
 
 
@@ -231,8 +235,11 @@ def _schedule_running(state: State, immediate: bool, deferred: bool) -> None:
                     _enlist(scheduler, batch, request, chunk)
                 continue
             if limited and waits:
-                longer_s = step_time_with_decode(engine, batch, request.computed + 1.0)
-                if longer_s > decision.deferred_step_s and not _within_floor(state):
+                if request.generated > 0:
+                    longer_s = step_time_with_decode(engine, batch, request.computed + 1.0)
+                else:  # the last token of a prompt
+                    longer_s = _step_with_chunk(engine, batch, request, request.computed, 1)
+                if longer_s > decision.deferred_step_s and _floor_left(state) == 0:
                     continue
             # Nearly always the token fits into the last block; the call, which copies the state, is for the rest.
             if blocks_for(request.computed + 1, block_size) > request.kv_blocks:
@@ -242,17 +249,17 @@ def _schedule_running(state: State, immediate: bool, deferred: bool) -> None:
 
 
 @nb.njit(cache=True, inline="always")
-def _within_floor(state: State) -> bool:
-    """True while deferred work has not yet had the tokens that it gets whatever its step target."""
+def _floor_left(state: State) -> int:
+    """Tokens, of those that work that may wait gets whatever its step target, that it has not yet had."""
     decision = state.decision[0]
     if decision.deferred_token_floor <= 0:
-        return False
+        return 0
     given = 0
     for i in range(state.scheduler[0].running):
         request = state.requests[state.running[i]]
         if best_effort(request):
             given += request.scheduled
-    return given < decision.deferred_token_floor
+    return max(decision.deferred_token_floor - given, 0)
 
 
 @nb.njit(cache=True)
@@ -273,9 +280,7 @@ def _chunk(state: State, r: int, start: int) -> int:
         else:
             high = middle
     if waits:
-        if low == 0 and _within_floor(state):
-            return min(limit, decision.deferred_token_floor)
-        return low
+        return max(low, min(limit, _floor_left(state)))
     if batch.prefill_tokens == 0:
         return max(low, min(limit, MIN_CHUNK))
     return low
@@ -289,11 +294,13 @@ def _step_with_chunk(engine, batch, request, start: int, tokens: int) -> float:
 @nb.njit(cache=True)
 def image_tokens_of_chunk(request, start: int, tokens: int) -> float:
     """Image tokens to encode for a chunk: images stand at the front of the prompt, each is encoded when reached."""
-    if request.num_images == 0 or start >= request.image_tokens:
+    images, length = np.int64(request.num_images), request.image_tokens
+    if images == 0 or start >= length:
         return 0.0
-    per_image = request.image_tokens / request.num_images
-    end = min(start + tokens, request.image_tokens)
-    return per_image * (np.ceil(end / per_image) - np.ceil(start / per_image))
+    # In whole numbers: images reached by a position, counted in floating point, can come out as one too many.
+    end = min(start + tokens, length)
+    reached = (end * images + length - 1) // length - (start * images + length - 1) // length
+    return reached * (length / images)
 
 
 @nb.njit(cache=True, inline="always")
@@ -328,8 +335,9 @@ def _grow(state: State, r: int, tokens: int) -> bool:
     need = blocks_for(tokens, state.engine[0].block_size) - request.kv_blocks
     if need <= 0:
         return True
+    one_queue = state.decision[0].discipline == ONE_QUEUE
     while need > scheduler.free_blocks:
-        victim = _victim(state, DEFERRED if best_effort(request) else IMMEDIATE)
+        victim = _victim(state, ANYONE if one_queue or not best_effort(request) else ONLY_BEST_EFFORT)
         _preempt(state, victim)
         if victim == r:
             return False
@@ -338,21 +346,22 @@ def _grow(state: State, r: int, tokens: int) -> bool:
 
 
 @nb.njit(cache=True)
-def _victim(state: State, on_behalf_of: int) -> int:
-    """The running request to evict first, or NONE.
+def _victim(state: State, reach: int) -> int:
+    """The running request to evict first among those within `reach`, or NONE.
 
-    Work that may wait evicts only its like, except where the classes share one queue. `LAST` in one queue is blind
-    to class.
+    Work that may wait goes before any other, except that `LAST` in one queue is blind to class.
     """
     decision = state.decision[0]
-    blind = decision.discipline == ONE_QUEUE
+    blind = decision.discipline == ONE_QUEUE and decision.victim == LAST
     best = NONE
     for i in range(state.scheduler[0].running):
         r = state.running[i]
         request = state.requests[r]
         if request.status != RUNNING:
             continue
-        if not blind and on_behalf_of == DEFERRED and not best_effort(request):
+        if reach == ONLY_BEST_EFFORT and not best_effort(request):
+            continue
+        if reach == ONLY_DEFERRED and request.request_class != DEFERRED:
             continue
         if best == NONE or _evict_sooner(decision, request, state.requests[best], blind):
             best = r
@@ -370,7 +379,7 @@ def _evict_sooner(decision, a, b, blind: bool) -> bool:
         return a.generated < b.generated or (a.generated == b.generated and a.prompt_tokens > b.prompt_tokens)
     if decision.victim == LOWEST_SCORE:
         return a.score < b.score or (a.score == b.score and a.arrival_s > b.arrival_s)
-    return a.arrival_s > b.arrival_s or (a.arrival_s == b.arrival_s)
+    return a.arrival_s >= b.arrival_s
 
 
 @nb.njit(cache=True)
@@ -423,8 +432,8 @@ def recompute_cost(engine, request) -> float:
 
 
 @nb.njit(cache=True)
-def _make_room(state: State, blocks: int) -> bool:
-    """Evicts work that may wait until `blocks` blocks and a seat are free, but only if that can succeed."""
+def _make_room(state: State, r: int) -> bool:
+    """Evicts work that may wait until memory and a seat for waiting request r are free, but only if that can succeed."""
     scheduler, engine = state.scheduler[0], state.engine[0]
     within_reach, evictable = scheduler.free_blocks, 0
     for i in range(scheduler.running):
@@ -432,10 +441,10 @@ def _make_room(state: State, blocks: int) -> bool:
         if request.status == RUNNING and best_effort(request):
             within_reach += request.kv_blocks
             evictable += 1
-    if within_reach < blocks or evictable == 0:
+    if evictable == 0 or within_reach < _needed_blocks(state, r, False):
         return False
-    while scheduler.free_blocks < blocks or seats_taken(state) >= engine.max_running:
-        _preempt(state, _victim(state, DEFERRED))
+    while scheduler.free_blocks < _needed_blocks(state, r, True) or seats_taken(state) >= engine.max_running:
+        _preempt(state, _victim(state, ONLY_BEST_EFFORT))
     return True
 
 
@@ -481,10 +490,12 @@ def _hopeless(state: State, r: int) -> bool:
     engine, request = state.engine[0], state.requests[r]
     if request.request_class != IMMEDIATE or request.generated > 0:
         return False
-    tokens = float(owed_tokens(request))
+    start = _reusable_tokens(state, r)
+    owed = request.prompt_tokens - start
+    tokens = float(owed)
     slope = engine.per_token_s + engine.per_token_64_s + engine.per_token_128_s + engine.per_token_256_s
-    alone_s = slope * tokens + 0.5 * engine.per_chunk_context_s * tokens * tokens
-    alone_s += engine.per_image_token_s * request.image_tokens
+    alone_s = slope * tokens + engine.per_chunk_context_s * tokens * (start + 0.5 * tokens)
+    alone_s += engine.per_image_token_s * image_tokens_of_chunk(request, start, owed)
     return state.scheduler[0].now_s + alone_s > request.ttft_deadline_s
 
 
@@ -499,28 +510,24 @@ def _admit(state: State, r: int) -> bool:
         return False
     if waits and decision.preempt_count > 0:
         return False
-    # The whole sequence so far must fit, and what running requests may still need is set aside.
-    need = blocks_for(request.prompt_tokens + request.generated, engine.block_size)
-    if decision.reserve_ratio > 0 or decision.reserve_new_ratio > 0:
-        need = _lifetime_blocks(state, r, decision.reserve_new_ratio) + _outstanding_blocks(state)
-    if need > scheduler.free_blocks or seats_taken(state) >= engine.max_running:
-        if waits or not decision.preempt_for_immediate or not _make_room(state, need):
-            return False
     start = _reusable_tokens(state, r)
     chunk = _chunk(state, r, start)
     if chunk <= 0:
         return False
+    if _needed_blocks(state, r, True) > scheduler.free_blocks or seats_taken(state) >= engine.max_running:
+        if waits or not decision.preempt_for_immediate or not _make_room(state, r):
+            return False
     remove(state, r)
     if request.host_blocks > 0:
         scheduler.host_free_blocks += request.host_blocks
         scheduler.swapped_tokens += request.computed
         state.batch[0].swap_tokens += request.computed
         request.host_blocks = 0
-    elif request.cached_blocks > 0:
-        scheduler.recomputed_tokens -= start
-        reclaim(state, r)
     elif start > 0:
-        scheduler.prefix_hit_tokens += start
+        scheduler.prefix_hit_tokens += start - request.cached_blocks * engine.block_size
+        if request.preemptions > 0:
+            scheduler.recomputed_tokens -= start
+        reclaim(state, r)
     request.computed = start
     request.status = RUNNING
     state.classes[request.request_class].running += 1
@@ -534,32 +541,39 @@ def _admit(state: State, r: int) -> bool:
 @nb.njit(cache=True)
 def _reusable_tokens(state: State, r: int) -> int:
     """Tokens of a waiting request that need no computing: swapped out, still cached, or a shared prefix."""
-    request, block_size = state.requests[r], state.engine[0].block_size
+    request, engine = state.requests[r], state.engine[0]
     if request.host_blocks > 0:
         return request.computed
-    cached = request.cached_blocks if request.cached_blocks > 0 else request.prefix_tokens // block_size
+    if not engine.prefix_caching:
+        return 0
+    block_size = engine.block_size
+    cached = max(request.cached_blocks, request.prefix_tokens // block_size)
     # The last token is always computed: it yields the next one.
     return min(cached, (request.prompt_tokens + request.generated - 1) // block_size) * block_size
 
 
 @nb.njit(cache=True)
-def _lifetime_blocks(state: State, r: int, ratio: float) -> int:
-    """Blocks of request r once it has made this share of the output it still may make."""
-    decision, request = state.decision[0], state.requests[r]
-    more = ratio * min(float(request.max_tokens - request.generated), decision.reserve_clip)
-    return blocks_for(request.prompt_tokens + request.generated + int(np.ceil(more)), state.engine[0].block_size)
+def _needed_blocks(state: State, r: int, beside_best_effort: bool) -> int:
+    """Free blocks that waiting request r needs: its whole sequence so far, and what is set aside for the future.
+
+    beside_best_effort: whether the running work that may wait keeps what is set aside for it.
+    """
+    decision, engine, request = state.decision[0], state.engine[0], state.requests[r]
+    if decision.reserve_ratio <= 0 and decision.reserve_new_ratio <= 0:
+        return blocks_for(request.prompt_tokens + request.generated, engine.block_size)
+    need = _lifetime_blocks(decision, engine, request, decision.reserve_new_ratio)
+    for i in range(state.scheduler[0].running):
+        other = state.requests[state.running[i]]
+        if other.status == RUNNING and (beside_best_effort or not best_effort(other)):
+            need += max(_lifetime_blocks(decision, engine, other, decision.reserve_ratio) - other.kv_blocks, 0)
+    return need
 
 
 @nb.njit(cache=True)
-def _outstanding_blocks(state: State) -> int:
-    """Blocks that the running requests are reckoned to take yet."""
-    ratio = state.decision[0].reserve_ratio
-    outstanding = 0
-    for i in range(state.scheduler[0].running):
-        r = state.running[i]
-        if state.requests[r].status == RUNNING:
-            outstanding += max(_lifetime_blocks(state, r, ratio) - state.requests[r].kv_blocks, 0)
-    return outstanding
+def _lifetime_blocks(decision, engine, request, ratio: float) -> int:
+    """Blocks of a request once it has made this share of the output it still may make."""
+    more = ratio * min(float(request.max_tokens - request.generated), decision.reserve_clip)
+    return blocks_for(request.prompt_tokens + request.generated + int(np.ceil(more)), engine.block_size)
 
 
 # ---------------------------------------------------------------------------------------------- accounts
@@ -663,11 +677,14 @@ def _settle_running(state: State, r: int) -> int:
 
 @nb.njit(cache=True)
 def _settle_first_tokens(state: State) -> None:
-    """Books the loss of every request whose first token fell due unmade. `promises` is sorted by due time."""
+    """Books the loss of every request whose first token fell due unmade. `promises` is sorted by due time.
+
+    One that arrived during the iteration is not submitted yet: its turn, and that of all due after it, comes later.
+    """
     scheduler = state.scheduler[0]
     while scheduler.promises_next < scheduler.promises_length:
         r = state.promises[scheduler.promises_next]
-        if state.requests[r].ttft_deadline_s >= scheduler.now_s:
+        if state.requests[r].status == FUTURE or state.requests[r].ttft_deadline_s >= scheduler.now_s:
             return
         if state.requests[r].first_token_s > state.requests[r].ttft_deadline_s:
             _book_loss(state, r)

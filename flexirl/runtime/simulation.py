@@ -43,9 +43,9 @@ class Run:
 
 
 def promises_by_due_time(rows: np.ndarray) -> np.ndarray:
-    """Numbers (int32) of the rows with a promised first token, by the time it is due."""
+    """Numbers (int32) of the immediate rows with a promised first token, by the time it is due."""
     due_s = rows["arrival_s"] + rows["ttft_slo_s"]
-    promised = np.flatnonzero(np.isfinite(due_s))
+    promised = np.flatnonzero(np.isfinite(due_s) & (rows["request_class"] == IMMEDIATE))
     return promised[np.argsort(due_s[promised], kind="stable")].astype(np.int32)
 
 

@@ -19,43 +19,45 @@ STATUS_NAMES = ("future", "waiting", "running", "finished", "expired", "rejected
 
 REQUEST = np.dtype(
     [
-        # What the client asked for.
+        # What every iteration reads of every running request, kept within one cache line of 64 bytes.
+        ("deadline_s", "f8"),  # last token due; for a TPOT promise set when the first token is out
+        ("last_token_s", "f8"),
+        ("status", "i4"),
+        ("request_class", "i4"),
+        ("relegated", "i4"),  # 1: an immediate request that goes behind the others, since it will be late
+        ("missed", "i4"),  # 1: its promise can no longer be kept, and the loss is booked
+        ("prompt_tokens", "i4"),
+        ("output_tokens", "i4"),  # the truth: for the executor and the accounts, never for a policy
+        ("generated", "i4"),  # output tokens produced
+        ("computed", "i4"),  # tokens whose keys and values are in the cache
+        ("scheduled", "i4"),  # tokens in the current iteration
+        ("kv_blocks", "i4"),
+        ("tenant", "i4"),
+        ("furthest", "i4"),  # most prompt tokens ever computed, so that recomputation is not credited twice
+        # The rest of what the client asked for.
         ("arrival_s", "f8"),
         ("ttft_deadline_s", "f8"),  # first token due; inf where none is promised
         ("tpot_slo_s", "f8"),  # mean seconds per token after the first; inf where none is promised
-        ("deadline_s", "f8"),  # last token due; for a TPOT promise set when the first token is out
-        ("request_class", "i4"),
-        ("tenant", "i4"),
-        ("prompt_tokens", "i4"),
-        ("output_tokens", "i4"),  # the truth: for the executor and the accounts, never for a policy
         ("max_tokens", "i4"),
         ("predicted_output_tokens", "i4"),
         ("num_images", "i4"),
         ("image_tokens", "i4"),
         ("prefix_tokens", "i4"),
-        # Where it stands.
-        ("status", "i4"),
-        ("generated", "i4"),  # output tokens produced
-        ("computed", "i4"),  # tokens whose keys and values are in the cache
-        ("scheduled", "i4"),  # tokens in the current iteration
-        ("kv_blocks", "i4"),
+        # Memory it left behind when it was preempted.
         ("host_blocks", "i4"),  # blocks held in host memory after preemption by swap
         ("cached_blocks", "i4"),  # freed by preemption, not yet reallocated, so reusable on return
         ("cached_segment", "i4"),  # where in the ring of freed blocks they lie
-        ("furthest", "i4"),  # most prompt tokens ever computed, so that recomputation is not credited twice
         ("preemptions", "i4"),
-        ("relegated", "i4"),
-        ("missed", "i4"),  # 1: its promise can no longer be kept, and the loss is booked
         # Its place in a waiting queue (a skew heap).
         ("left", "i4"),
         ("right", "i4"),
         ("parent", "i4"),
         ("key", "f8"),
-        ("score", "f8"),
-        # What it got.
+        ("score", "f8"),  # for the SCORE order; 1 for immediate and 0 for deferred requests until a policy says otherwise
+        # When it got what.
         ("first_token_s", "f8"),
-        ("last_token_s", "f8"),
         ("finish_s", "f8"),
+        ("padding", "f8", (3,)),  # to three cache lines
     ],
     align=True,
 )
@@ -72,7 +74,7 @@ CLASS = np.dtype(  # one record per request class
         ("order_expected", "f8"),
         # Totals since the start, in requests and tokens.
         ("arrived", "i8"),
-        ("arrived_tokens", "i8"),
+        ("arrived_prompt", "i8"),
         ("finished", "i8"),
         ("ended_otherwise", "i8"),  # expired, rejected or cancelled
         ("preemptions", "i8"),
@@ -202,6 +204,14 @@ class State(NamedTuple):
     itl_histogram: np.ndarray  # int64, (ITL_BINS,): inter-token latencies of immediate requests
 
 
+def _aligned_rows(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeroed records that start on a cache line."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.zeros(size + 64, np.uint8)
+    offset = -raw.ctypes.data % 64
+    return raw[offset : offset + size].view(dtype).reshape(shape)
+
+
 def new_states(count: int, engine: EngineProfile, max_requests: int, num_tenants: int) -> State:
     """`count` empty states in one State whose arrays have a leading member axis; see `member`."""
     profile = engine.values
@@ -211,7 +221,7 @@ def new_states(count: int, engine: EngineProfile, max_requests: int, num_tenants
         return np.zeros((count, *shape), dtype=dtype)
 
     states = State(
-        requests=rows((max_requests,), REQUEST),
+        requests=_aligned_rows((count, max_requests), REQUEST),
         running=rows((2 * int(profile["max_running"]),), np.int32),  # evicted ones stay listed until the plan is made
         classes=rows((2,), CLASS),
         tenants=rows((num_tenants,), TENANT),

@@ -57,7 +57,7 @@ def start(state: State, trace: np.ndarray, promises: np.ndarray, seed: int) -> N
     scheduler.fastest_step_s = step_time(engine, state.batch[0]) * np.exp(-_NOISE_LIMIT * engine.noise)
     state.batch[0].decode_sequences = 0
     state.batch[0].sampled_sequences = 0
-    _arrive(state, trace)
+    arrive(state, trace, scheduler.now_s)
 
 
 @nb.njit(cache=True)
@@ -73,7 +73,7 @@ def _clear_records(state: State) -> None:
         group.order_weight_s = 0.0
         group.order_expected = 0.0
         group.arrived = 0
-        group.arrived_tokens = 0
+        group.arrived_prompt = 0
         group.finished = 0
         group.ended_otherwise = 0
         group.preemptions = 0
@@ -112,7 +112,7 @@ def advance(state: State, trace: np.ndarray, until_s: float, max_iterations: int
     last = scheduler.iterations + (max_iterations if max_iterations > 0 else _NO_LIMIT)
     apply(state)
     while scheduler.now_s < until_s and scheduler.iterations < last:
-        _arrive(state, trace)
+        arrive(state, trace, scheduler.now_s)
         plan(state)
         if batch.prefill_tokens == 0 and batch.decode_sequences == 0:
             _idle(state, trace, until_s)
@@ -121,16 +121,17 @@ def advance(state: State, trace: np.ndarray, until_s: float, max_iterations: int
         commit(state, step_time(engine, batch) * _noise(state))
         if steady:
             _fast_forward(state, trace, until_s, last - scheduler.iterations)
+    arrive(state, trace, scheduler.now_s)  # whoever decides next sees all that arrived by now
 
 
 @nb.njit(cache=True)
-def _arrive(state: State, trace: np.ndarray) -> None:
-    """Submits the requests that have arrived by now."""
+def arrive(state: State, trace: np.ndarray, by_s: float) -> None:
+    """Submits the requests that have arrived by `by_s`, at the latest now."""
     scheduler = state.scheduler[0]
     while scheduler.trace_next < scheduler.trace_length:
         r = scheduler.trace_next
         row, request = trace[r], state.requests[r]
-        if row.arrival_s > scheduler.now_s:
+        if row.arrival_s > by_s:
             return
         request.arrival_s = row.arrival_s
         request.ttft_deadline_s = row.arrival_s + row.ttft_slo_s
@@ -241,7 +242,7 @@ def _fast_forward(state: State, trace: np.ndarray, until_s: float, limit: int) -
     free, total = scheduler.free_blocks, engine.kv_blocks
     done = 0
     elapsed_s, bin_of_elapsed = -1.0, 0
-    # `due_s` is compared as in `_arrive` (already here at its time) and `commit` (expired after it): the earlier holds.
+    # `due_s` is compared as in `arrive` (already here at its time) and `commit` (expired after it): the earlier holds.
     while done < shortest and now_s < until_s and now_s < due_s:
         taken = crossings[done % block_size]
         batch.decode_context += running

@@ -1,0 +1,94 @@
+"""What a policy decides: dials around a sensible heuristic, or scores of single requests; either becomes a Decision.
+
+`SCHEMA` changes whenever the meaning of any number does. All numbers lie in [-1, 1], and zero is a good policy.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numba as nb
+import numpy as np
+
+from flexirl.envs.observation import VISIBLE, visible_requests
+from flexirl.runtime.policy import View
+from flexirl.runtime.queues import NONE, rescore
+from flexirl.runtime.state import ARRIVAL, CHEAPER, CLASSES, LOWEST_SCORE, NEWEST, ONE_QUEUE, SCORE, State
+from flexirl.workloads.trace import IMMEDIATE
+
+SCHEMA = "flexirl-action-1"
+
+
+class Dial(NamedTuple):
+    """One dial: what it sets at -1, 0 and 1."""
+
+    name: str
+    meaning: str
+    low: str
+    zero: str
+    high: str
+
+
+DIALS = (
+    Dial("immediate_step", "step target of immediate prefill", "0.3 TPOT SLO", "0.9 TPOT SLO", "2.7 TPOT SLO"),
+    Dial("deferred_step", "step target of deferred work", "0.2 TPOT SLO", "0.8 TPOT SLO", "3.2 TPOT SLO"),
+    Dial("deferred_kv", "KV share above which no deferred request is admitted", "0", "0.9", "1"),
+    Dial("preempt", "deferred requests to preempt now", "0", "0", "4"),
+    Dial("relegate", "late immediate requests go behind the others", "no", "yes", "yes"),
+)
+NUM_DIALS = len(DIALS)
+
+# A grid of dial settings for agents with one discrete choice: step targets of both kinds of work, and one preemption.
+GRID = tuple(
+    [(immediate, deferred, 0.0, 0.0, 0.0) for immediate in (-0.4, 0.0, 0.4) for deferred in (-0.9, -0.4, 0.0, 0.3, 0.6)]
+    + [(0.0, 0.0, 0.0, 0.75, 0.0)]
+)
+PREEMPTS = len(GRID) - 1  # the choice that preempts: masked where nothing deferred runs
+
+
+@nb.njit(cache=True)
+def set_dials(state: State, dials: np.ndarray, tpot_s: float, immediate_order: int, deferred_order: int) -> None:
+    """Writes the decision that `dials` (float, NUM_DIALS) stand for into the state."""
+    decision = state.decision[0]
+    decision.discipline = CLASSES
+    decision.decodes_first = 1
+    decision.immediate_order = immediate_order
+    decision.deferred_order = deferred_order
+    decision.victim = NEWEST
+    decision.preemption = CHEAPER
+    decision.preempt_for_immediate = 1
+    decision.token_budget = np.iinfo(np.int32).max
+    decision.deferred_token_floor = 0
+    decision.reserve_ratio = 0.0
+    decision.reserve_new_ratio = 0.0
+    decision.order_weight_s = 0.0
+    decision.expected_output = 0.0
+    decision.immediate_step_s = 0.9 * tpot_s * 3.0 ** dials[0]
+    decision.deferred_step_s = 0.8 * tpot_s * 4.0 ** dials[1]
+    decision.deferred_kv_share = 0.9 + (0.9 if dials[2] < 0 else 0.1) * dials[2]
+    decision.preempt_count = int(np.floor(max(dials[3] - 0.5, 0.0) * 8.0 + 1e-6))
+    decision.relegate = 1 if dials[4] > -0.5 else 0
+
+
+@nb.njit(cache=True)
+def set_scores(state: State, scores: np.ndarray, tpot_s: float) -> None:
+    """Scores the visible requests (float, VISIBLE, in [-1, 1]); all else stands as with dials at zero.
+
+    A request's rank is its score plus 1 if it is immediate: by default immediate requests go first.
+    """
+    set_dials(state, np.zeros(NUM_DIALS, scores.dtype), tpot_s, SCORE, SCORE)
+    decision = state.decision[0]
+    decision.discipline = ONE_QUEUE
+    decision.victim = LOWEST_SCORE
+    numbers = np.empty(VISIBLE, np.int32)
+    visible_requests(state, numbers)
+    for i in range(VISIBLE):
+        if numbers[i] != NONE:
+            prior = 1.0 if state.requests[numbers[i]].request_class == IMMEDIATE else 0.0
+            rescore(state, numbers[i], prior + scores[i])
+
+
+def decision_from_dials(dials: np.ndarray, view: View) -> np.ndarray:
+    """The decision (0-d array of `DECISION`) that `dials` (NUM_DIALS floats in [-1, 1]) stand for in this engine."""
+    set_dials(view.state, np.asarray(dials, np.float32), view.slo.tpot_s, ARRIVAL, ARRIVAL)
+    return view.state.decision[0].copy()

@@ -1,0 +1,299 @@
+"""Many surrogate engines stepped together inside compiled code: actions in, observations and rewards out.
+
+Members are divided into groups; the members of a group replay the same arrivals at the same simulated times, so that
+what the arrivals did to all of them can be told from what a member's own decisions did.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numba as nb
+import numpy as np
+
+from flexirl.envs import action as actions
+from flexirl.envs.observation import MEMORY, PROMISE, VISIBLE, bounds, observe
+from flexirl.envs.reward import Reward
+from flexirl.errors import UserError
+from flexirl.runtime import surrogate
+from flexirl.runtime.accounts import Prices
+from flexirl.runtime.capacity import ServiceTime
+from flexirl.runtime.engine import EngineProfile
+from flexirl.runtime.simulation import promises_by_due_time
+from flexirl.runtime.state import ARRIVAL, DEADLINE, SHORTEST, State, new_states
+from flexirl.runtime.step_time import BATCH
+from flexirl.workloads.scenario import SLO, Scenario
+from flexirl.workloads.trace import DEFERRED, IMMEDIATE, TRACE_ROW, Trace
+
+ACTIONS = ("dials", "grid", "scores")
+ORDERS = {"arrival": ARRIVAL, "deadline": DEADLINE, "shortest": SHORTEST}
+_DIALS, _GRID, _SCORES = range(3)
+_GRID_DIALS = np.array(actions.GRID, np.float32)
+
+MEMBER = np.dtype(  # what an episode needs beside the engine's own state
+    [
+        ("steps", "i8"),
+        ("rows", "i8"),  # rows of its trace
+        ("duration_s", "f8"),
+        ("now_s", "f8"),
+        ("deferred_value", "f8"),  # credited so far
+        ("lost_value", "f8"),
+    ],
+    align=True,
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the members of a fleet play: episodes of a scenario on an engine, under a promise, for a reward."""
+
+    scenario: Scenario
+    engine: EngineProfile
+    slo: SLO
+    reward: Reward
+    prices: Prices = field(default_factory=Prices)
+    interval_s: float = 0.2
+    action: str = "dials"
+    immediate_order: str = "arrival"
+    deferred_order: str = "arrival"
+
+    def __post_init__(self) -> None:
+        if self.action not in ACTIONS:
+            raise UserError(f"env.action={self.action} is unknown; choose from {', '.join(ACTIONS)}.")
+        for order in (self.immediate_order, self.deferred_order):
+            if order not in ORDERS:
+                raise UserError(f"Queue order {order} is unknown; choose from {', '.join(ORDERS)}.")
+        if not self.interval_s > 0:
+            raise UserError(f"env.interval_s={self.interval_s} is out of range; decisions are some seconds apart.")
+
+    @property
+    def service_time_s(self) -> ServiceTime:
+        """The engine's seconds per request."""
+        return ServiceTime(self.engine)
+
+    def duration_s(self) -> float:
+        """Seconds of one episode."""
+        return self.scenario.length_s(self.service_time_s)
+
+    def draw(self, seed: int) -> Trace:
+        """The arrivals of one episode."""
+        return self.scenario.draw(seed, self.service_time_s, self.slo)
+
+    def action_shape(self) -> tuple[int, ...]:
+        """Numbers per action; () for one discrete choice."""
+        return {"dials": (actions.NUM_DIALS,), "grid": (), "scores": (VISIBLE,)}[self.action]
+
+    def revenue_scale(self, trace: Trace) -> float:
+        """Price units per second of an engine fully loaded with requests like the trace's."""
+        rows = trace.of_class(IMMEDIATE) if len(trace.of_class(IMMEDIATE)) else trace.rows
+        return float(self.prices.of(rows).sum() / self.service_time_s(rows).sum()) if len(rows) else 1.0
+
+
+class Fleet:
+    """`members` engines in groups of `group_size`, stepped on all cores. Deterministic in the seed."""
+
+    def __init__(self, task: Task, members: int, group_size: int = 1, traces: int = 64, threads: int | None = None):
+        if members < 1 or group_size < 1 or members % group_size:
+            raise UserError(f"env.members={members} is not a multiple of env.group_size={group_size}.")
+        if traces < 1:
+            raise UserError(f"env.traces={traces} is out of range; an episode needs at least one trace.")
+        self.task = task
+        self.members, self.group_size, self.num_traces = members, group_size, traces
+        self.low, self.high = bounds(task.action == "scores")
+        self.observations = np.zeros((members, len(self.low)), np.float32)
+        self.rewards = np.zeros(members, np.float32)
+        self._kind = ACTIONS.index(task.action)
+        self._orders = (ORDERS[task.immediate_order], ORDERS[task.deferred_order])
+        self._promise = np.array([(task.slo.ttft_s, task.slo.tpot_s)], PROMISE)
+        self._drawn: dict[int, tuple[Trace, np.ndarray]] = {}
+        self._seed = 0
+        self._episode = np.zeros(members // group_size, np.int64)
+        self.duration_s = task.duration_s()
+        first = self._trace(0)[0]
+        self._reward = task.reward.record(task.prices, task.revenue_scale(first))
+        self._allocate(int(1.1 * len(first)) + 64, first.num_tenants)
+        threads = min(threads or os.cpu_count() or 1, members)
+        bounds_ = np.linspace(0, members, threads + 1).astype(int)
+        self._shares = list(zip(bounds_[:-1].tolist(), bounds_[1:].tolist(), strict=True))
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    def _allocate(self, max_requests: int, num_tenants: int) -> None:
+        self._states = new_states(self.members, self.task.engine, max_requests, max(num_tenants, 1))
+        self._traces = np.zeros((self.members, max_requests), TRACE_ROW)
+        self._memory = np.zeros(self.members, MEMORY)
+        self._batches = np.zeros(self.members, BATCH)
+        self._member = np.zeros(self.members, MEMBER)
+
+    def _trace(self, number: int) -> tuple[Trace, np.ndarray]:
+        if number not in self._drawn:
+            # Sequences of seeds of different fleets must not overlap, hence a child seed.
+            seed = int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0])
+            trace = self.task.draw(seed)
+            self._drawn[number] = (trace, promises_by_due_time(trace.rows))
+        return self._drawn[number]
+
+    def reset(self, seed: int, stagger: bool = False) -> np.ndarray:
+        """Starts all members anew; observations (members, size).
+
+        stagger: first episodes end at different times, so that not all members end at once ever after.
+        """
+        if seed != self._seed:
+            self._seed = seed
+            self._drawn.clear()
+        groups = self.members // self.group_size
+        needed = [self._trace(number)[0] for number in range(min(self.num_traces, groups))]
+        rows, tenants = max(map(len, needed)), max(trace.num_tenants for trace in needed)
+        if rows > self._traces.shape[1] or tenants > self._states.tenants.shape[1]:
+            self._allocate(int(1.1 * rows), tenants)
+        for group in range(groups):
+            self._episode[group] = group
+            self._start(group, (group + 1) / groups if stagger else 1.0)
+        return self.observations
+
+    def _start(self, group: int, share: float = 1.0) -> None:
+        trace, promises = self._trace(int(self._episode[group]) % self.num_traces)
+        if len(trace) > self._traces.shape[1] or trace.num_tenants > self._states.tenants.shape[1]:
+            self._grow(len(trace), trace.num_tenants)
+        for m in range(group * self.group_size, (group + 1) * self.group_size):
+            self._traces[m, : len(trace)] = trace.rows
+            self._member[m] = np.zeros((), MEMBER)
+            self._member[m]["rows"] = len(trace)
+            self._member[m]["duration_s"] = share * self.duration_s
+            self._memory[m] = np.zeros((), MEMORY)
+            noise_seed = int(self._episode[group]) * self.members + m
+            _start_member(
+                self._states, self._traces, promises, self._member, self._memory, self._batches, self._promise,
+                self.low, self.high, self.observations, m, noise_seed,
+            )  # fmt: skip
+
+    def _grow(self, max_requests: int, num_tenants: int) -> None:
+        """Makes room for a longer trace in the middle of other members' episodes."""
+        old = (self._states, self._traces, self._memory, self._member)
+        self._allocate(
+            max(int(1.1 * max_requests), old[1].shape[1]), max(num_tenants, old[0].tenants.shape[1])
+        )
+        for new_array, old_array in zip(self._states, old[0], strict=True):
+            new_array[tuple(slice(n) for n in old_array.shape)] = old_array
+        self._states.lanes[:, :, old[0].lanes.shape[2] :] = -1
+        self._traces[:, : old[1].shape[1]] = old[1]
+        self._memory[:], self._member[:] = old[2], old[3]
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """One decision interval of every member: observations, rewards (float32) and whose episode is over (bool).
+
+        action: float32 (members, NUM_DIALS or VISIBLE), or integers (members,) for the grid. Members whose episode is
+        over have their last observation; `restart` begins their next one.
+        """
+        if self._kind == _GRID:
+            action = _GRID_DIALS[np.asarray(action, np.int64).reshape(self.members)]
+        action = np.ascontiguousarray(action, np.float32)
+
+        def run(share: tuple[int, int]) -> None:
+            _step_members(
+                self._states, self._traces, self._member, self._memory, self._batches, self._promise, self._reward,
+                self.low, self.high, action, self._kind, *self._orders, self.task.interval_s,
+                self.observations, self.rewards, *share,
+            )  # fmt: skip
+
+        if self._pool is None:
+            run(self._shares[0])
+        else:
+            list(self._pool.map(run, self._shares))
+        return self.observations, self.rewards, self._member["now_s"] >= self._member["duration_s"] - 1e-9
+
+    def restart(self, over: np.ndarray) -> None:
+        """Starts the next episode of the groups whose members are over (bool, members); a group ends as one."""
+        for group in np.flatnonzero(over[:: self.group_size]):
+            self._episode[group] += self.members // self.group_size
+            self._start(int(group))
+
+    def action_masks(self) -> np.ndarray:
+        """Which choices of the grid can do anything now: bool (members, choices)."""
+        masks = np.ones((self.members, len(actions.GRID)), bool)
+        masks[:, actions.PREEMPTS] = self._states.classes["running"][:, DEFERRED] > 0
+        return masks
+
+    def state(self, member: int) -> State:
+        """The scheduler state of one member, live."""
+        return State(*(array[member] for array in self._states))
+
+    def episode_figures(self, member: int) -> dict[str, float]:
+        """What the member's episode has come to so far: revenue, attainment, deferred throughput, preemptions."""
+        classes = self._states.classes[member]
+        prices = self.task.prices
+        elapsed_s = max(float(self._states.scheduler["now_s"][member, 0]), 1e-9)
+        kept = prices.prompt * classes["kept_prompt"] + prices.output * classes["kept_output"]
+        decided = classes["kept"][IMMEDIATE] + classes["lost"][IMMEDIATE]
+        done = classes["prompt_done"][DEFERRED] + classes["output_done"][DEFERRED]
+        return {
+            "revenue_per_s": float(kept[IMMEDIATE] + prices.deferred * kept[DEFERRED]) / elapsed_s,
+            "immediate_attainment": float(classes["kept"][IMMEDIATE] / decided) if decided else 1.0,
+            "deferred_tokens_per_s": float(done) / elapsed_s,
+            "preemptions_per_s": float(classes["preemptions"].sum()) / elapsed_s,
+        }
+
+    def close(self) -> None:
+        """Ends the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
+
+
+@nb.njit(cache=True)
+def _member_state(states: State, m: int) -> State:
+    return State(
+        states.requests[m], states.running[m], states.classes[m], states.tenants[m], states.lanes[m],
+        states.scheduler[m], states.decision[m], states.batch[m], states.engine[m], states.ring[m],
+        states.promises[m], states.itl_histogram[m],
+    )  # fmt: skip
+
+
+@nb.njit(cache=True)
+def _start_member(states, traces, promises, members, memory, batches, promise, low, high, observations, m, seed):
+    state = _member_state(states, m)
+    surrogate.start(state, traces[m, : members[m].rows], promises, seed)
+    observe(state, memory[m], promise[0], batches[m], low, high, observations[m])
+
+
+@nb.njit(cache=True, nogil=True)
+def _step_members(
+    states, traces, members, memory, batches, promise, reward, low, high, action, kind, immediate_order,
+    deferred_order, interval_s, observations, rewards, first, end,
+):  # fmt: skip
+    for m in range(first, end):
+        state, member = _member_state(states, m), members[m]
+        if kind == _SCORES:
+            actions.set_scores(state, action[m], promise[0].tpot_s)
+        else:
+            actions.set_dials(state, action[m], promise[0].tpot_s, immediate_order, deferred_order)
+        member.steps += 1
+        until_s = min(member.steps * interval_s, member.duration_s)
+        began_s = state.scheduler[0].now_s
+        surrogate.advance(state, traces[m, : member.rows], until_s, 0)
+        member.now_s = state.scheduler[0].now_s
+        rewards[m] = _reward(state, member, promise[0], reward[0], began_s, interval_s)
+        observe(state, memory[m], promise[0], batches[m], low, high, observations[m])
+
+
+@nb.njit(cache=True)
+def _reward(state, member, promise, reward, began_s, interval_s):
+    immediate, deferred = state.classes[IMMEDIATE], state.classes[DEFERRED]
+    deferred_value = reward.deferred_discount * (
+        reward.prompt_price * (deferred.prompt_done - deferred.void_prompt)
+        + reward.output_price * (deferred.output_done - deferred.void_output)
+    )
+    lost_value = reward.prompt_price * immediate.lost_prompt + reward.output_price * immediate.lost_output
+    gained, lost = deferred_value - member.deferred_value, lost_value - member.lost_value
+    member.deferred_value = deferred_value
+    member.lost_value = lost_value
+    in_system = immediate.waiting + immediate.running
+    waited = in_system * (state.scheduler[0].now_s - began_s) / promise.ttft_s
+    return (
+        (reward.deferred * gained - reward.loss * lost) / (reward.scale * interval_s)
+        - reward.waiting * waited
+    )
+
+

@@ -1,0 +1,44 @@
+"""Rewards: what the agent is paid each interval, as weights over events that cannot be moved in time.
+
+Revenue is booked when a request completes, but paying it then would reward whoever brings completions forward. So
+deferred tokens are credited as they are made (and taken back if their window closes), and an immediate request costs
+its price at the moment its promise can no longer be kept. The undiscounted sum is then the revenue less a constant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from flexirl.runtime.accounts import Prices
+
+REWARD = np.dtype(
+    [
+        ("prompt_price", "f8"),
+        ("output_price", "f8"),
+        ("deferred_discount", "f8"),
+        ("deferred", "f8"),  # weight of deferred tokens made
+        ("loss", "f8"),  # weight of immediate promises broken
+        ("waiting", "f8"),  # weight of waiting: per immediate request in the system and TTFT SLO
+        ("scale", "f8"),  # price units per second that count as a reward rate of 1
+    ],
+    align=True,
+)
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward, with what it optimises. Deterministic: simulated quantities only, never the wall clock."""
+
+    name: str
+    optimises: str
+    deferred: float
+    loss: float
+    waiting: float
+
+    def record(self, prices: Prices, scale: float) -> np.ndarray:
+        """The weights for compiled code: an array of one `REWARD`; scale in price units per second."""
+        return np.array(
+            [(prices.prompt, prices.output, prices.deferred, self.deferred, self.loss, self.waiting, scale)], REWARD
+        )

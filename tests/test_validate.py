@@ -1,0 +1,191 @@
+"""The validation program: a record made by the surrogate itself must come out without difference."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexirl.errors import UserError
+from flexirl.policies.registry import make_policy
+from flexirl.runtime.operators import fit_profile
+from flexirl.runtime.replay import Record, Served, replay
+from flexirl.validate import compare
+
+ROOT = Path(__file__).parents[1]
+RECORDED = ROOT.parent / "shared" / "real_vllm" / "rtx4090-llama-3.1-8b"
+FIGURES = [(metric, name) for metric in ("ttft", "tpot", "e2e") for name in ("mean", "p50", "p90", "p95", "p99")]
+LAYERS = ("embedding", "final_layernorm", "layernorm", "qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+CLOCK_S = 5000.0  # where the record's own clock stands at the first arrival
+
+
+def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flexirl.validate", f"hydra.run.dir={tmp_path / 'out'}", *arguments],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+
+
+def meta(asynchronous: bool) -> dict[str, Any]:
+    return {
+        "model": "some/model",
+        "layers": 4,
+        "engine_kwargs": {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 200},
+        "kv_cache": {"num_gpu_blocks": 30, "block_size": 16, "enable_prefix_caching": True},
+        "resolved_config": {"scheduler_config": {"async_scheduling": asynchronous}},
+    }
+
+
+def write_requests(folder: Path, rows: list[dict[str, float]]) -> None:
+    (folder / "requests.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run folder whose recorded times are the surrogate's; its cache is small enough to queue and preempt."""
+    folder = tmp_path / "tiny"
+    (folder / "operators").mkdir(parents=True)
+    (folder / "meta.json").write_text(json.dumps(meta(asynchronous=True)))
+    (folder / "timeseries.csv").write_text("t,running,waiting,kv_cache_pct\n1.0,4,2,50.0\n2.0,0,0,0.0\n")
+    dense = [f"{layer},{tokens},{20 + tokens}" for layer in LAYERS for tokens in (1, 64)]
+    (folder / "operators" / "dense.csv").write_text("\n".join(["layer,tokens,time_us", *dense]) + "\n")
+    sequences = [f"lm_head,{count},{30 + count}" for count in (1, 8)]
+    (folder / "operators" / "per_sequence.csv").write_text("\n".join(["layer,sequences,time_us", *sequences]) + "\n")
+    attention = [
+        f"{chunk},{computed},{decodes},{context},{5 + 0.1 * chunk + 0.01 * chunk * computed + 0.02 * decodes * context}"
+        for chunk in (0, 16, 64)
+        for computed in ((0, 64) if chunk else (0,))
+        for decodes in (0, 1, 8)
+        for context in ((16, 128) if decodes else (0,))
+        if chunk or decodes
+    ]
+    header = "prefill_chunk,kv_prefill,n_decode,kv_decode,time_us"
+    (folder / "operators" / "attention.csv").write_text("\n".join([header, *attention]) + "\n")
+
+    random = np.random.default_rng(1)
+    rows: list[dict[str, float]] = [
+        {"input_toks": int(prompt), "output_toks": int(output), "arrival_time": 1e9 + at, "queued_ts": 0.0,
+         "first_token_ts": 1.0, "last_token_ts": 2.0}
+        for prompt, output, at in zip(
+            random.integers(20, 120, 60), random.integers(2, 60, 60), np.cumsum(random.exponential(0.02, 60)), strict=True
+        )
+    ]  # fmt: skip
+    write_requests(folder, rows)
+    record = Record.read(folder)
+    served, _ = replay(make_policy("vllm_fcfs"), fit_profile(folder), record.trace, record.asynchronous)
+    for row, *times in zip(rows, served.queued_s, served.first_token_s, served.last_token_s, strict=True):
+        row["queued_ts"], row["first_token_ts"], row["last_token_ts"] = (CLOCK_S + time for time in times)
+    write_requests(folder, rows)
+    return folder
+
+
+def test_a_record_made_by_the_surrogate_shows_no_difference(tmp_path: Path, folder: Path) -> None:
+    ran = run(tmp_path, f"run={folder}")
+    assert ran.returncode == 0, ran.stderr
+    rows = json.loads((tmp_path / "out" / "validation.json").read_text())
+    assert [(row["metric"], row["statistic"]) for row in rows] == FIGURES
+    assert all(set(row) == {"metric", "statistic", "real", "surrogate", "difference", "spread"} for row in rows)
+    assert [row["surrogate"] for row in rows] == pytest.approx([row["real"] for row in rows], rel=1e-9)
+    assert [row["difference"] for row in rows] == pytest.approx([0.0] * len(rows), abs=1e-9)
+    assert (tmp_path / "out" / "validation.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "out" / "profile.json").read_text())["name"] == "tiny"
+    assert "does not say which prompts began alike" in ran.stdout
+
+
+def test_differences_are_shares_of_the_recorded_figure() -> None:
+    queued, tokens = np.array([0.0, 1.0]), np.array([11, 1])
+    real = Served(queued, np.array([2.0, 3.0]), np.array([4.0, 3.0]), tokens)
+    ours = Served(queued, np.array([2.5, 3.0]), np.array([5.5, 3.0]), tokens)
+    rows = {(row["metric"], row["statistic"]): row for row in compare(real, ours, [real, ours])}
+    assert rows["ttft", "mean"]["difference"] == pytest.approx(0.125)  # (2.5 + 2) / (2 + 2) - 1
+    assert rows["tpot", "p50"]["difference"] == pytest.approx(0.5)  # 0.3 s against 0.2 s; one token has no TPOT
+    assert rows["e2e", "mean"]["difference"] == pytest.approx(0.25)  # (5.5 + 2) / (4 + 2) - 1
+    assert rows["e2e", "mean"]["spread"] == pytest.approx(0.125)  # half of the way between 3 and 3.75, over 3
+
+
+def test_asynchronous_scheduling_costs_a_lone_request_nothing_and_a_later_one_an_iteration(folder: Path) -> None:
+    record = Record.read(folder)
+    trace = type(record.trace)(record.trace.rows[:2].copy(), "two", 1)
+    engine, policy = fit_profile(folder), make_policy("vllm_fcfs")
+    trace.rows["arrival_s"] = 0.0, 0.5 * replay(policy, engine, trace, False)[0].first_token_s[0]
+    together, ahead = (replay(policy, engine, trace, asynchronous)[0] for asynchronous in (False, True))
+    assert ahead.first_token_s[0] == together.first_token_s[0]
+    assert ahead.queued_s[1] == together.queued_s[1] > trace.rows["arrival_s"][1]
+    assert ahead.ttft_s[1] > together.ttft_s[1]
+
+
+@pytest.mark.skipif(not RECORDED.is_dir(), reason="the recorded run is not beside the repository")
+def test_the_recorded_run_is_followed(tmp_path: Path) -> None:
+    ran = run(tmp_path, f"run={RECORDED}")
+    assert ran.returncode == 0, ran.stderr
+    rows = json.loads((tmp_path / "out" / "validation.json").read_text())
+    assert [(row["metric"], row["statistic"]) for row in rows] == FIGURES
+    means = [abs(row["difference"]) for row in rows if row["statistic"] == "mean"]
+    assert max(means) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "run= is missing"),
+        (("run=nowhere",), "nowhere does not exist"),
+        (("rum=nowhere",), "Could not override 'rum'"),
+    ],
+)
+def test_bad_arguments_are_one_sentence_and_exit_code_2(tmp_path: Path, arguments: tuple[str], message: str) -> None:
+    ran = run(tmp_path, *arguments)
+    assert ran.returncode == 2
+    assert message in ran.stderr and "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("meta.json", None, "does not exist"),
+        ("meta.json", "{", "is not valid JSON"),
+        ("requests.jsonl", None, "does not exist"),
+        ("requests.jsonl", "", "at least one request"),
+        ("requests.jsonl", "[1]\n", "needs one JSON object a line"),
+        ("requests.jsonl", '{"input_toks": 5}\n', "needs one JSON object a line"),
+        ("timeseries.csv", None, "does not exist"),
+        ("timeseries.csv", "t,running\n1,2\n", "needs numbers in the columns"),
+    ],
+)
+def test_bad_files_are_named(folder: Path, name: str, text: str | None, message: str) -> None:
+    path = folder / name
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        Record.read(folder)
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"last_token_ts": 0.0}, "before its first and last token"),
+        ({"first_token_ts": float("nan")}, "before its first and last token"),
+        ({"output_toks": 0}, "an output has at least 1 token"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, folder: Path, change: dict[str, float], message: str) -> None:
+    rows = [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
+    write_requests(folder, [*rows, {**rows[-1], **change}])
+    ran = run(tmp_path, f"run={folder}")
+    assert ran.returncode == 2
+    assert message in ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_a_request_that_cannot_fit_is_named(tmp_path: Path, folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
+    write_requests(folder, [*rows, {**rows[-1], "input_toks": 190, "output_toks": 20}])
+    ran = run(tmp_path, f"run={folder}")
+    assert ran.returncode == 2
+    assert "190 + 20 tokens does not fit the engine" in ran.stderr and "Traceback" not in ran.stderr

@@ -1,3 +1,10 @@
-"""FlexiRL learns the admission and preemption policy of an LLM serving engine."""
+"""FlexiRL learns the admission and preemption policy of an LLM serving engine.
+
+Importing it registers the Gymnasium environment `flexirl/Batching-v0`.
+"""
+
+import gymnasium
 
 __version__ = "0.1.0"
+
+gymnasium.register(id="flexirl/Batching-v0", entry_point="flexirl.configured:make_batching_env")

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from flexirl.envs.batching import BatchingEnv
+from flexirl.envs.fleet import Task
+from flexirl.envs.reward import Reward
 from flexirl.errors import UserError
 from flexirl.runtime.accounts import Prices
 from flexirl.runtime.engine import EngineProfile, load_profile
+from flexirl.workloads.config import from_config
 from flexirl.workloads.scenario import SLO
+
+CONF = Path(__file__).resolve().parent / "conf"
 
 
 def load_engine(config: DictConfig) -> EngineProfile:
@@ -38,3 +49,31 @@ def seed_of(value: object, name: str = "seed") -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise UserError(f"{name}={value} is out of range; a seed is a whole number of 0 or more.")
     return value
+
+
+def load_task(config: DictConfig) -> Task:
+    """What is played, from groups `workload`, `engine`, `slo`, `reward` and `env`."""
+    env = config.env
+    return Task(
+        scenario=from_config(config.workload),
+        engine=load_engine(config.engine),
+        slo=load_slo(config.slo),
+        reward=Reward(**OmegaConf.to_container(config.reward, resolve=True)),  # type: ignore[arg-type]
+        prices=load_prices(config.slo),
+        interval_s=number(env.interval_s, "env.interval_s"),
+        action=env.action,
+        immediate_order=env.immediate_order,
+        deferred_order=env.deferred_order,
+    )
+
+
+def make_batching_env(overrides: Sequence[str] = (), task: Task | None = None, **options: Any) -> BatchingEnv:
+    """Entry point of `flexirl/Batching-v0`: `task`, or that of `python -m flexirl.train` with these Hydra overrides."""
+    return BatchingEnv(task or default_task(overrides), **options)
+
+
+def default_task(overrides: Sequence[str] = ()) -> Task:
+    """The task of `python -m flexirl.train` with these Hydra overrides."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", list(overrides))
+    return load_task(config)

@@ -235,10 +235,7 @@ def _schedule_running(state: State, immediate: bool, deferred: bool) -> None:
                     _enlist(scheduler, batch, request, chunk)
                 continue
             if limited and waits:
-                if request.generated > 0:
-                    longer_s = step_time_with_decode(engine, batch, request.computed + 1.0)
-                else:  # the last token of a prompt
-                    longer_s = _step_with_chunk(engine, batch, request, request.computed, 1)
+                longer_s = _step_with(engine, batch, request, request.computed, 1)
                 if longer_s > decision.deferred_step_s and _floor_left(state) == 0:
                     continue
             # Nearly always the token fits into the last block; the call, which copies the state, is for the rest.
@@ -270,12 +267,12 @@ def _chunk(state: State, r: int, start: int) -> int:
     limit = min(request.prompt_tokens + request.generated - start, scheduler.budget)
     waits = best_effort(request)
     target_s = decision.deferred_step_s if waits else decision.immediate_step_s
-    if target_s == np.inf or limit <= 0 or _step_with_chunk(engine, batch, request, start, limit) <= target_s:
+    if target_s == np.inf or limit <= 0 or _step_with(engine, batch, request, start, limit) <= target_s:
         return limit
     low, high = 0, limit
     while high - low > 1:
         middle = (low + high) // 2
-        if _step_with_chunk(engine, batch, request, start, middle) <= target_s:
+        if _step_with(engine, batch, request, start, middle) <= target_s:
             low = middle
         else:
             high = middle
@@ -287,8 +284,13 @@ def _chunk(state: State, r: int, start: int) -> int:
 
 
 @nb.njit(cache=True, inline="always")
-def _step_with_chunk(engine, batch, request, start: int, tokens: int) -> float:
-    return step_time_with_chunk(engine, batch, start, tokens, image_tokens_of_chunk(request, start, tokens))
+def _step_with(engine, batch, request, start: int, tokens: int) -> float:
+    """Predicted seconds of the iteration if `tokens` of a request, from position `start` on, joined it."""
+    samples = start + tokens == request.prompt_tokens + request.generated
+    if samples and tokens == 1 and request.generated > 0:
+        return step_time_with_decode(engine, batch, start + 1.0)
+    step_s = step_time_with_chunk(engine, batch, start, tokens, image_tokens_of_chunk(request, start, tokens))
+    return step_s + engine.per_sequence_s if samples else step_s
 
 
 @nb.njit(cache=True)

@@ -83,7 +83,7 @@ def simulate(
         if before is None and view.now_s >= warmup_s:
             before = Snapshot.of(state)
         if not timeline or view.now_s >= timeline[-1][0] + TIMELINE_STEP_S * 0.999:
-            timeline.append(_timeline_row(state))
+            timeline.append(timeline_row(state))
         state.decision[0] = policy.decide(view)
         if policy.every_iteration:
             surrogate.advance(state, trace.rows, duration_s, 1)
@@ -92,13 +92,14 @@ def simulate(
             until_s = min(decisions * interval_s, duration_s)
             surrogate.advance(state, trace.rows, until_s, 0)
             decisions = max(decisions, int(view.now_s / interval_s))
-    timeline.append(_timeline_row(state))
+    timeline.append(timeline_row(state))
     figures = account(state, before or Snapshot.of(state), warmup_s, prices or Prices())
     figures["wall_s"] = time.perf_counter() - began
     return Run(figures, np.array(timeline, dtype=TIMELINE), state)
 
 
-def _timeline_row(state: State) -> tuple[float, ...]:
+def timeline_row(state: State) -> tuple[float, ...]:
+    """How an engine stands now, in the order of `TIMELINE`."""
     classes, batch = state.classes, state.batch[0]
     total = float(state.engine["kv_blocks"][0])
     return (

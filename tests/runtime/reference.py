@@ -56,8 +56,6 @@ class Request:
     preemptions: int = 0
     relegated: bool = False
     missed: bool = False
-    score: float = 0.0
-    deadline_s: float = NEVER
     first_token_s: float = NEVER
     last_token_s: float = NEVER
     finish_s: float = NEVER
@@ -69,8 +67,8 @@ class Request:
         self.prompt: int = self.row["prompt_tokens"]
         self.output: int = self.row["output_tokens"]
         self.first_due_s: float = self.arrival_s + self.row["ttft_slo_s"]
-        self.deadline_s = self.arrival_s + self.row["window_s"]
-        self.score = 0.0 if self.deferred else 1.0
+        self.deadline_s: float = self.arrival_s + self.row["window_s"]
+        self.score: float = 0.0 if self.deferred else 1.0
 
     @property
     def sequence(self) -> int:
@@ -173,10 +171,7 @@ class Reference:
         self.decision: dict[str, Any] = {}
         self.orders: list[tuple[int, float, float]] = [(ARRIVAL, 0.0, 0.0)] * 2  # order, weight, expected output
         self.fastest_step_s = (
-            self.engine["base_s"]
-            + self.engine["host_s"]
-            + self.engine["per_token_s"]
-            + self.engine["per_sequence_s"]
+            self.engine["base_s"] + self.engine["host_s"] + self.engine["per_token_s"] + self.engine["per_sequence_s"]
         )
         self.arrive()
 
@@ -530,11 +525,10 @@ class Reference:
             self.service[request.tenant] += 2
             if request.generated == 1:
                 request.first_token_s = self.now_s
-                if not request.deferred and request.output > 1:
-                    pace_s = request.row["tpot_slo_s"] * (request.output - 1) * (1.0 + 1e-9)
+                if not request.deferred:
+                    further = request.output - 1
+                    pace_s = request.row["tpot_slo_s"] * further * (1.0 + 1e-9) if further else 0.0
                     request.deadline_s = min(request.deadline_s, self.now_s + pace_s)
-                elif not request.deferred:
-                    request.deadline_s = min(request.deadline_s, self.now_s)
             elif not request.deferred:
                 self.itls_s.append(elapsed_s if request.last_token_s == began_s else self.now_s - request.last_token_s)
             request.last_token_s = self.now_s
@@ -579,8 +573,8 @@ class Reference:
             totals.finished += 1
         else:
             totals.ended_otherwise += 1
-        late = self.now_s > request.deadline_s or request.first_token_s > request.first_due_s
-        if status != FINISHED or (late and not (request.deferred and self.now_s <= request.deadline_s)):
+        first_late = not request.deferred and request.first_token_s > request.first_due_s
+        if status != FINISHED or first_late or self.now_s > request.deadline_s:
             self.lose(request)
         if request.missed:
             totals.void_prompt += request.furthest

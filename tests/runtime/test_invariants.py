@@ -52,8 +52,8 @@ def test_invariants_hold_after_every_step(
 
 def busy_state() -> State:
     """Requests running, waiting for the first time and waiting after preemption, swapped out and not."""
-    engine = toy_engine(host_kv_blocks=4, prefix_caching=1, max_running=3)
-    several = [deferred(0, 8, 16), deferred(0, 8, 16), deferred(0, 4, 16), *(immediate(0, 4, 16) for _ in range(5))]
+    engine = toy_engine(kv_blocks=16, host_kv_blocks=4, prefix_caching=1)
+    several = [*(deferred(0, 8, 16) for _ in range(4)), *(immediate(0, 4, 16) for _ in range(5))]
     run = ToyRun(engine, toy_trace(*several), discipline=ONE_QUEUE)
     run.advance(iterations=2)
     for preemption in (RECOMPUTE, SWAP):

@@ -178,6 +178,7 @@ def test_relegated_requests_stand_behind_those_without_a_promise() -> None:
 
 def test_queue_length_does_not_change_an_iteration() -> None:
     """The same batch is planned with 10 and with 10,000 requests behind it, in as many iterations."""
+
     def run(waiting: int) -> ToyRun:
         behind = [immediate(0.0, 4, 8) for _ in range(waiting)]
         short = ToyRun(toy_engine(), toy_trace(*behind))

@@ -144,11 +144,11 @@ def compare(state: State, reference: Reference) -> None:
     assert np.array_equal(state.itl_histogram, np.bincount(bins, minlength=len(state.itl_histogram)))
 
 
-def rescore_some(run: ToyRun, reference: Reference, draw: st.DrawFn) -> None:
+def rescore_some(run: ToyRun, reference: Reference, data: st.DataObject) -> None:
     """Gives some requests new scores, the same to both."""
     for request in reference.requests:
-        if request.status in (WAITING, RUNNING) and draw(st.booleans()):
-            request.score = float(draw(st.integers(0, 3)))
+        if request.status in (WAITING, RUNNING) and data.draw(st.booleans()):
+            request.score = float(data.draw(st.integers(0, 3)))
             rescore(run.state, request.number, request.score)
 
 
@@ -161,7 +161,7 @@ def test_every_iteration_is_the_one_the_rules_give(
     reference = Reference(engine.values, trace.rows, trace.num_tenants)
     compare(run.state, reference)
     for changes, iterations, until in steps:
-        rescore_some(run, reference, data.draw)
+        rescore_some(run, reference, data)
         for i in range(iterations):
             changes = {**changes, "preempt_count": changes["preempt_count"] if i == 0 else 0}
             horizon = run.now_s + until
@@ -194,7 +194,7 @@ def long_traces(draw: st.DrawFn) -> Trace:
     several = []
     for _ in range(draw(st.integers(1, 8))):
         kind = draw(st.sampled_from((immediate, deferred)))
-        promise = draw(st.sampled_from(("ttft_slo_s", "tpot_slo_s", "window_s") if kind is immediate else ("window_s",)))
+        promise = draw(st.sampled_from(PROMISES if kind is immediate else ("window_s",)))
         promised_s = draw(st.floats(0.01, 5.0))
         prompt, output = draw(st.integers(1, 60)), draw(st.integers(1, 90))
         several.append(kind(draw(st.floats(0, 2)), prompt, output, **{promise: promised_s}))

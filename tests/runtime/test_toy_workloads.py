@@ -243,8 +243,8 @@ def test_earliest_deadline_first_keeps_all_promises() -> None:
 
 def test_shortest_first_and_the_weight_of_the_deadline_order() -> None:
     trace = toy_trace(immediate(0, 20, 1, ttft_slo_s=40 * TICK_S), immediate(0, 4, 1, ttft_slo_s=44 * TICK_S))
-    for order, weight_ticks, finish in ((SHORTEST, 0.0, [56, 20]), (DEADLINE, 0.0, [36, 56]), (DEADLINE, 1.0, [56, 20])):
-        run = ToyRun(ONE_SEAT, trace, immediate_order=order, order_weight_s=weight_ticks * TICK_S)
+    for order, weight, finish in ((SHORTEST, 0.0, [56, 20]), (DEADLINE, 0.0, [36, 56]), (DEADLINE, 1.0, [56, 20])):
+        run = ToyRun(ONE_SEAT, trace, immediate_order=order, order_weight_s=weight * TICK_S)
         run.drain()
         assert in_ticks(run["finish_s"]) == finish
 

@@ -76,7 +76,7 @@ class ToyRun:
 
     def __getitem__(self, name: str) -> list[Any]:
         """A column of the requests, in order of arrival."""
-        return self.state.requests[name][: len(self.trace)].tolist()
+        return list(self.state.requests[name][: len(self.trace)].tolist())
 
     @property
     def now_s(self) -> float:

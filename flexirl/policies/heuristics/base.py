@@ -12,7 +12,7 @@ import numpy as np
 
 from flexirl.errors import UserError
 from flexirl.runtime.policy import View
-from flexirl.runtime.state import default_decision
+from flexirl.runtime.state import DEADLINE, default_decision
 from flexirl.runtime.step_time import BATCH, step_time
 from flexirl.workloads.scenario import SLO
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
@@ -96,8 +96,11 @@ def require(ok: bool, knob: str, value: object, rule: str) -> None:
 def deferred_head_first(view: View) -> bool:
     """True if the head of the deferred queue is more urgent than the head of the immediate one.
 
-    Both queues are sorted by key, so heads compare as in one merged queue. For orders without tenants' lanes.
+    Both queues are sorted by key, so heads compare as in one merged queue once both are in the DEADLINE order; until
+    the decision that sorts them is in force, no deferred request goes first.
     """
+    if (view.state.classes["order"] != DEADLINE).any():
+        return False
     immediate, deferred = view.state.lanes[IMMEDIATE, 0], view.state.lanes[DEFERRED, 0]
     if immediate < 0 or deferred < 0:
         return False

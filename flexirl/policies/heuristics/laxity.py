@@ -71,12 +71,15 @@ class Laxity(ChunkedPrefill):
         return self._decision
 
     def _urgency(self, view: View, now_s: float) -> float:
+        first_look = not np.isfinite(self._memory["revised_s"])
         rate = self._rate(view, now_s)
         requests = view.state.requests[view.state.requests["request_class"] == DEFERRED]
         finished = requests["generated"][requests["status"] == FINISHED]
         live = requests[np.isin(requests["status"], (WAITING, RUNNING)) & np.isfinite(requests["deadline_s"])]
-        if len(live) == 0 or rate == 0.0:
+        if len(live) == 0 or first_look:
             return 0.0
+        if rate == 0.0:
+            return 1.0  # starved since the start
         # Before any has finished, what the client allows is all that is known.
         expected = finished.mean() if len(finished) else live["max_tokens"]
         owed = live["prompt_tokens"] + live["generated"] - live["computed"]
@@ -87,7 +90,7 @@ class Laxity(ChunkedPrefill):
         return float(np.clip(1.0 - laxity_s / (self.ramp_share * window_s), 0.0, 1.0).max())
 
     def _rate(self, view: View, now_s: float) -> float:
-        """Deferred tokens per second lately; 0 before there is anything to go by."""
+        """Deferred tokens per second lately; 0 until some have been made."""
         memory, group = self._memory, view.state.classes[DEFERRED]
         tokens = int(group["prompt_done"] + group["output_done"])
         rate = float(memory["rate"])

@@ -22,6 +22,7 @@ Adapted:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numba as nb
 import numpy as np
@@ -111,14 +112,14 @@ class QoServe(Heuristic):
 
 
 @nb.njit(cache=True)
-def prefill_token_s(engine: np.ndarray) -> float:
-    """Seconds that one more prefill token adds to a large iteration."""
+def prefill_token_s(engine: Any) -> float:
+    """Seconds that one more prefill token adds to a large iteration; `engine` is an `ENGINE` record."""
     return float(engine.per_token_s + engine.per_token_64_s + engine.per_token_128_s + engine.per_token_256_s)
 
 
 @nb.njit(cache=True)
 def decode_slack(
-    requests: np.ndarray, running: np.ndarray, count: int, engine: np.ndarray, now_s: float
+    requests: np.ndarray, running: np.ndarray, count: int, engine: Any, now_s: float
 ) -> tuple[float, float, int]:
     """Least slack of immediate decodes; the time that deferred decodes add to an iteration; how many those are.
 

@@ -1,0 +1,1 @@
+"""Gymnasium and vector environments over the serving engine: observation, action, reward."""

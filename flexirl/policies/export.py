@@ -61,8 +61,8 @@ class _Graph:
 def export(agent: BaseAlgorithm, path: Path, metadata: dict[str, Any]) -> None:
     """Writes the agent's deterministic policy to `path`.
 
-    Input `observation`: float32 (n, observations). Output `action`: float32 (n, numbers) in [-1, 1], or int64 (n,), the
-    choice of the grid. metadata: JSON values, kept beside the schemas in the file's properties.
+    Input `observation`: float32 (n, observations). Outputs `action`: float32 (n, numbers) in [-1, 1], or int64 (n,), the
+    choice of the grid; and `raw`: what the action was cut or chosen from, which shows numbers that are not. metadata: JSON values, kept beside the schemas in the file's properties.
     Raises UserError for a recurrent agent, whose memory the deployed policy protocol does not carry.
     """
     if isinstance(agent, RecurrentPPO):
@@ -78,18 +78,22 @@ def export(agent: BaseAlgorithm, path: Path, metadata: dict[str, Any]) -> None:
         x = graph.normaliser("observation", policy.pi_features_extractor)
         x = graph.layers(x, policy.mlp_extractor.policy_net)
         x = graph.layers(x, policy.action_net)
+    graph.nodes[-1].output[0] = x = "raw"
     size = int(agent.observation_space.shape[0])
     if agent.action_space.shape:
         graph.add("Clip", x, graph.constant(np.float32(-1.0)), graph.constant(np.float32(1.0)))
-        result = helper.make_tensor_value_info("action", TensorProto.FLOAT, ["n", agent.action_space.shape[0]])
+        numbers = int(agent.action_space.shape[0])
+        result = helper.make_tensor_value_info("action", TensorProto.FLOAT, ["n", numbers])
     else:
         graph.add("ArgMax", x, axis=1, keepdims=0)
+        numbers = int(agent.action_space.n)
         result = helper.make_tensor_value_info("action", TensorProto.INT64, ["n"])
+    raw = helper.make_tensor_value_info("raw", TensorProto.FLOAT, ["n", numbers])
     graph.nodes[-1].output[0] = "action"
     model = helper.make_model(
         helper.make_graph(
             graph.nodes, "policy",
-            [helper.make_tensor_value_info("observation", TensorProto.FLOAT, ["n", size])], [result], graph.weights,
+            [helper.make_tensor_value_info("observation", TensorProto.FLOAT, ["n", size])], [result, raw], graph.weights,
         ),
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=8,
@@ -101,9 +105,3 @@ def export(agent: BaseAlgorithm, path: Path, metadata: dict[str, Any]) -> None:
     helper.set_model_props(model, {**schemas, **{key: json.dumps(value) for key, value in metadata.items()}})
     onnx.checker.check_model(model, full_check=True)
     path.write_bytes(model.SerializeToString())
-
-
-def predict(agent: BaseAlgorithm, observations: np.ndarray) -> np.ndarray:
-    """The agent's deterministic actions, as stable-baselines3 computes them."""
-    with torch.no_grad():
-        return agent.predict(observations, deterministic=True)[0]

@@ -73,8 +73,9 @@ class LearnedPolicy:
         """The network's decision, or the fallback's."""
         try:
             began = time.perf_counter() if self.time_limit_s is not None else 0.0
-            action = self._session.run(None, {"observation": self._observer(view.state)[None]})[0][0]
-            if not np.isfinite(action).all():
+            outputs = self._session.run(["action", "raw"], {"observation": self._observer(view.state)[None]})
+            action = outputs[0][0]
+            if not np.isfinite(outputs[1]).all():
                 return self._fall_back(view, "not finite")
             if self.time_limit_s is not None and time.perf_counter() - began > self.time_limit_s:
                 return self._fall_back(view, "too late")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -93,3 +93,12 @@ def _value(knob: str, kind: str, value: Any) -> Any:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raises UserError for the first name that is neither a hand-written policy nor an .onnx file that loads.
+
+    Called before long work, so that a wrong name is not found at its end.
+    """
+    for name in names:
+        make_policy(str(name))

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flexirl.runtime.state import FINISHED, FUTURE, State, itl_bin_edges
 from flexirl.runtime.scheduler import INPUT_SERVICE, OUTPUT_SERVICE
+from flexirl.runtime.state import FINISHED, FUTURE, State, itl_bin_edges
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 PERCENTILES = (50, 90, 95, 99)
@@ -60,6 +60,7 @@ def account(state: State, before: Snapshot, since_s: float, prices: Prices) -> d
     kept = (requests["status"] == FINISHED) & (requests["missed"] == 0)
     paid = requests[kept & (requests["finish_s"] >= since_s)]
     paid_immediate = paid[paid["request_class"] == IMMEDIATE]
+    goodput_tokens = paid_immediate["prompt_tokens"] + paid_immediate["output_tokens"]
     deferred_now, deferred_before = state.classes[DEFERRED], before.classes[DEFERRED]
     deferred_tokens = sum(int(deferred_now[name] - deferred_before[name]) for name in ("prompt_done", "output_done"))
 
@@ -71,8 +72,7 @@ def account(state: State, before: Snapshot, since_s: float, prices: Prices) -> d
     figures: dict[str, float | int | None] = {
         "revenue_per_s": float(prices.of(paid).sum()) / span_s,
         "immediate_attainment": _share_kept(immediate, end_s),
-        "immediate_goodput_tokens_per_s": float((paid_immediate["prompt_tokens"] + paid_immediate["output_tokens"]).sum())
-        / span_s,
+        "immediate_goodput_tokens_per_s": float(goodput_tokens.sum()) / span_s,
         "deferred_tokens_per_s": deferred_tokens / span_s,
         "deferred_on_time": _share_kept(windowed, end_s),
     }

@@ -116,8 +116,8 @@ def plan(state: State) -> None:
 
 @nb.njit(cache=True)
 def commit(state: State, elapsed_s: float) -> None:
-    """Books the planned iteration, which took `elapsed_s` seconds: progress, tokens, promises broken, requests ended."""
-    scheduler, engine = state.scheduler[0], state.engine[0]
+    """Books the planned iteration, which took `elapsed_s` seconds: progress, tokens, broken promises, who ended."""
+    scheduler = state.scheduler[0]
     began_s = scheduler.now_s
     now_s = began_s + elapsed_s
     scheduler.now_s = now_s
@@ -160,7 +160,7 @@ def commit(state: State, elapsed_s: float) -> None:
         state.itl_histogram[itl_bin(elapsed_s)] += on_time_itls
     if ended > 0:
         _compact(state)
-    _settle_first_tokens(state)
+    settle_first_tokens(state)
 
 
 @nb.njit(cache=True)
@@ -173,7 +173,7 @@ def settle(state: State) -> None:
             ended += _settle_running(state, state.running[i])
     if ended > 0:
         _compact(state)
-    _settle_first_tokens(state)
+    settle_first_tokens(state)
 
 
 @nb.njit(cache=True)
@@ -435,7 +435,7 @@ def recompute_cost(engine, request) -> float:
 
 @nb.njit(cache=True)
 def _make_room(state: State, r: int) -> bool:
-    """Evicts work that may wait until memory and a seat for waiting request r are free, but only if that can succeed."""
+    """Evicts work that may wait until waiting request r has memory and a seat, but only if that can succeed."""
     scheduler, engine = state.scheduler[0], state.engine[0]
     within_reach, evictable = scheduler.free_blocks, 0
     for i in range(scheduler.running):
@@ -678,10 +678,10 @@ def _settle_running(state: State, r: int) -> int:
 
 
 @nb.njit(cache=True)
-def _settle_first_tokens(state: State) -> None:
+def settle_first_tokens(state: State) -> None:
     """Books the loss of every request whose first token fell due unmade. `promises` is sorted by due time.
 
-    One that arrived during the iteration is not submitted yet: its turn, and that of all due after it, comes later.
+    One that arrived during an iteration holds up those due after it until it is submitted, so this is called then, too.
     """
     scheduler = state.scheduler[0]
     while scheduler.promises_next < scheduler.promises_length:

@@ -11,8 +11,19 @@ import numpy as np
 
 from flexirl.runtime.kv_cache import allocate, blocks_for
 from flexirl.runtime.queues import NONE, head
-from flexirl.runtime.scheduler import OUTPUT_SERVICE, apply, best_effort, commit, itl_bin, plan, seats_taken, settle, submit
-from flexirl.runtime.state import FAIR, FUTURE, RUNNING, State
+from flexirl.runtime.scheduler import (
+    OUTPUT_SERVICE,
+    apply,
+    best_effort,
+    commit,
+    itl_bin,
+    plan,
+    seats_taken,
+    settle,
+    settle_first_tokens,
+    submit,
+)
+from flexirl.runtime.state import FAIR, FUTURE, State
 from flexirl.runtime.step_time import step_time
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
@@ -128,11 +139,12 @@ def advance(state: State, trace: np.ndarray, until_s: float, max_iterations: int
 def arrive(state: State, trace: np.ndarray, by_s: float) -> None:
     """Submits the requests that have arrived by `by_s`, at the latest now."""
     scheduler = state.scheduler[0]
+    first = scheduler.trace_next
     while scheduler.trace_next < scheduler.trace_length:
         r = scheduler.trace_next
         row, request = trace[r], state.requests[r]
         if row.arrival_s > by_s:
-            return
+            break
         request.arrival_s = row.arrival_s
         request.ttft_deadline_s = row.arrival_s + row.ttft_slo_s
         request.tpot_slo_s = row.tpot_slo_s
@@ -148,6 +160,8 @@ def arrive(state: State, trace: np.ndarray, by_s: float) -> None:
         request.prefix_tokens = row.prefix_tokens
         scheduler.trace_next += 1
         submit(state, r)
+    if scheduler.trace_next > first:
+        settle_first_tokens(state)
 
 
 @nb.njit(cache=True)

@@ -214,6 +214,7 @@ class Reference:
                 request.status = WAITING
                 if not fits:
                     self.end(request, REJECTED)
+        self.settle_first_tokens()
 
     def step_s(self, chunks: list[tuple[Request, int]]) -> float:
         """Seconds of an iteration of these requests and tokens."""
@@ -544,6 +545,10 @@ class Reference:
                 self.lose(request)
             if request.deferred and self.now_s > request.deadline_s:
                 self.end(request, EXPIRED)
+        self.settle_first_tokens()
+
+    def settle_first_tokens(self) -> None:
+        """Books the promises of a first token that are broken."""
         for request in self.requests:
             late = request.first_token_s > request.first_due_s and self.now_s > request.first_due_s
             if request.status != FUTURE and not request.deferred and late:

@@ -327,12 +327,23 @@ def test_loss_is_booked_when_the_promise_breaks() -> None:
     for until in (20, 99, 110, 160, 250):
         run.advance(until * TICK_S)
         lost.append((run.total("lost"), sum(run["missed"])))
-    # Each of these iterations alone takes longer than the promise; the loss of the one at 102, within the iteration
-    # that began at 100, is booked with the next one.
-    assert lost == [(1, 1), (1, 1), (2, 2), (3, 3), (4, 4)]
+    # Each iteration takes longer than the promise. The request at 102 is lost within the iteration from 100 to 120.
+    assert lost == [(1, 1), (1, 1), (3, 3), (3, 3), (4, 4)]
     run.drain()
     assert run.total("lost") == 4 and run.total("lost_prompt") == 16 and run.total("kept") == 0
     assert run.state.classes["lost"][IMMEDIATE] == 4 and run.state.classes["lost"][DEFERRED] == 0
+
+
+def test_loss_is_booked_while_nothing_runs() -> None:
+    """Both wait for tokens that nobody gives them, and the first to arrive is the last to be due."""
+    trace = toy_trace(immediate(0, 4, 1, ttft_slo_s=90 * TICK_S), immediate(40 * TICK_S, 4, 1, ttft_slo_s=20 * TICK_S))
+    run = ToyRun(toy_engine(), trace, token_budget=0)
+    missed = []
+    for until in (50, 60, 70, 90, 100):
+        run.advance(until * TICK_S)
+        missed.append(run["missed"])
+    assert missed == [[0, 0], [0, 0], [0, 1], [0, 1], [1, 1]]
+    assert run["status"] == [WAITING, WAITING] and run.total("lost") == 2
 
 
 def test_pace_that_cannot_be_kept_is_lost_before_the_end() -> None:

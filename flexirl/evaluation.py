@@ -1,0 +1,156 @@
+"""Policies compared on the same arrivals: the leaderboard and its files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from flexirl.envs.fleet import Task
+from flexirl.policies.heuristics.tuning import tune
+from flexirl.policies.registry import make_policy
+from flexirl.runtime.policy import Policy
+from flexirl.runtime.simulation import Run, simulate
+from flexirl.workloads.trace import DEFERRED, Trace
+
+ANCHORS = ("immediate_only", "deferred_only")
+# Seeds of training, tuning and comparison are kept apart, so that nothing is judged on what it was fitted to.
+TUNING_SEED, COMPARISON_SEED = 500_000, 1_000_000
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Leaderboard rows (one per policy and seed) and, per policy, its run on the first seed."""
+
+    rows: list[Row]
+    first_runs: dict[str, Run]
+
+
+def compare(task: Task, names: Sequence[str], seeds: int, tuning_task: Task | None = None, base_seed: int = 0) -> Comparison:
+    """Runs every policy on `seeds` episodes of the task; the anchors always run, since figures refer to them.
+
+    tuning_task: where knobs that are searched per scenario are searched; the task itself, on other seeds, by default.
+    Raises UserError for an unknown policy.
+    """
+    names = list(dict.fromkeys([*names, *ANCHORS]))
+    policies = [make_policy(name) for name in names]
+    traces = [task.draw(COMPARISON_SEED + base_seed * 1000 + i) for i in range(seeds)]
+    rows: list[Row] = []
+    first_runs: dict[str, Run] = {}
+    with tqdm(total=len(policies) * seeds, unit=" runs", desc="comparing", leave=False) as progress:
+        for policy in policies:
+            progress.set_postfix_str(policy.name)
+            ready = tune(policy, _tuner(tuning_task or task, base_seed), task.slo, base_seed)
+            for i, trace in enumerate(traces):
+                run = run_policy(ready, task, trace, i)
+                rows.append(
+                    {
+                        "policy": policy.name, "workload": task.scenario.name, "engine": task.engine.name,
+                        "load": load_of(task, trace), "seed": i, **run.figures,
+                    }
+                )  # fmt: skip
+                if i == 0:
+                    first_runs[policy.name] = run
+                progress.update()
+    _relate_to_anchors(rows)
+    return Comparison(rows, first_runs)
+
+
+def run_policy(policy: Policy, task: Task, trace: Trace, seed: int) -> Run:
+    """One run; the anchor `deferred_only` runs on the trace without its immediate requests."""
+    if policy.name == "deferred_only":
+        trace = Trace(trace.of_class(DEFERRED), trace.name, trace.num_tenants)
+    return simulate(
+        policy, task.engine, trace, task.slo, task.duration_s(), task.scenario.warmup_s, task.interval_s, seed, task.prices
+    )
+
+
+def load_of(task: Task, trace: Trace) -> float:
+    """The immediate demand of a trace as a share of the engine's capacity."""
+    rows = trace.rows[trace.rows["request_class"] != DEFERRED]
+    return float(task.service_time_s(rows).sum() / task.duration_s()) if len(rows) else 0.0
+
+
+def _tuner(task: Task, base_seed: int, seeds: int = 3) -> Any:
+    traces: list[Trace] = []
+
+    def evaluate(policy: Policy) -> dict[str, float]:
+        if not traces:
+            traces.extend(task.draw(TUNING_SEED + base_seed * 1000 + i) for i in range(seeds))
+        figures = [run_policy(policy, task, trace, i).figures for i, trace in enumerate(traces)]
+        return {name: _mean([row[name] for row in figures]) or 0.0 for name in figures[0]}
+
+    return evaluate
+
+
+def _relate_to_anchors(rows: list[Row]) -> None:
+    anchors = {(row["policy"], row["seed"]): row for row in rows if row["policy"] in ANCHORS}
+    for row in rows:
+        immediate, deferred = (anchors[name, row["seed"]] for name in ANCHORS)
+        row["deferred_share_of_deferred_only"] = _ratio(row["deferred_tokens_per_s"], deferred["deferred_tokens_per_s"])
+        for name in ("ttft_p99", "tpot_p99"):
+            row[f"{name}_over_immediate_only"] = _ratio(row[f"{name}_s"], immediate[f"{name}_s"])
+
+
+def _ratio(value: float | None, reference: float | None) -> float | None:
+    return value / reference if value is not None and reference else None
+
+
+def _mean(values: Sequence[float | int | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def summarise(rows: Sequence[Row]) -> list[Row]:
+    """One row per policy, the mean of each figure over seeds, best revenue first; `revenue_std` over seeds beside."""
+    summary: list[Row] = []
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        mine = [row for row in rows if row["policy"] == policy]
+        merged: Row = {"policy": policy, "seeds": len(mine)}
+        for name, value in mine[0].items():
+            if name not in ("policy", "seed"):
+                merged[name] = value if isinstance(value, str) else _mean([row[name] for row in mine])
+        merged["revenue_std"] = float(np.std([row["revenue_per_s"] for row in mine]))
+        summary.append(merged)
+    return sorted(summary, key=lambda row: -row["revenue_per_s"])
+
+
+COLUMNS = (
+    ("policy", "policy", "{}"),
+    ("revenue/s", "revenue_per_s", "{:,.0f}"),
+    ("attainment", "immediate_attainment", "{:.3f}"),
+    ("deferred tok/s", "deferred_tokens_per_s", "{:,.0f}"),
+    ("on time", "deferred_on_time", "{:.3f}"),
+    ("TTFT p99 s", "ttft_p99_s", "{:.2f}"),
+    ("TPOT p99 ms", "tpot_p99_s", "{:.1f}"),
+    ("preempt.", "preemptions", "{:,.0f}"),
+    ("KV use", "kv_utilisation", "{:.2f}"),
+)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The leaderboard as text, means over seeds."""
+    cells = [[title for title, _, _ in COLUMNS]]
+    for row in summarise(rows):
+        values = [(row[name] * 1e3 if name == "tpot_p99_s" and row[name] is not None else row[name]) for _, name, _ in COLUMNS]
+        cells.append(["-" if v is None else form.format(v) for v, (_, _, form) in zip(values, COLUMNS, strict=True)])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))) for line in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def write_leaderboard(rows: Sequence[Row], folder: Path) -> None:
+    """leaderboard.json and leaderboard.csv: every row, policy by policy and seed by seed."""
+    (folder / "leaderboard.json").write_text(json.dumps(list(rows), indent=1) + "\n")
+    with open(folder / "leaderboard.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,86 @@
+"""The pictures: one episode's timeline, a training run's curve, policies side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+IMMEDIATE_COLOUR, DEFERRED_COLOUR, NEUTRAL = "#2a6f97", "#e07a3f", "#8a8a8a"
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def timeline_figure(timeline: np.ndarray, title: str) -> Figure:
+    """Queues, KV cache and batch composition over simulated time, from an array of `simulation.TIMELINE`."""
+    figure = _figure(9, 6)
+    queues, cache, batch = figure.subplots(3, 1, sharex=True)
+    now = timeline["now_s"]
+    queues.plot(now, timeline["immediate_waiting"], color=IMMEDIATE_COLOUR, label="immediate")
+    queues.plot(now, timeline["deferred_waiting"], color=DEFERRED_COLOUR, label="deferred")
+    queues.set(ylabel="waiting requests", yscale="symlog", title=title)
+    queues.set_ylim(bottom=0)
+    cache.stackplot(
+        now, timeline["immediate_kv_share"], timeline["deferred_kv_share"],
+        colors=[IMMEDIATE_COLOUR, DEFERRED_COLOUR], labels=["immediate", "deferred"],
+    )  # fmt: skip
+    cache.set(ylabel="share of KV cache", ylim=(0, 1))
+    batch.stackplot(
+        now, timeline["immediate_running"], timeline["deferred_running"], colors=[IMMEDIATE_COLOUR, DEFERRED_COLOUR]
+    )
+    batch.set(ylabel="running requests", xlabel="simulated time (s)")
+    chunk = batch.twinx()
+    chunk.plot(now, timeline["prefill_tokens"], color=NEUTRAL, linewidth=0.6, label="prefill tokens an iteration")
+    chunk.set_ylabel("prefill tokens")
+    chunk.legend(loc="upper right", fontsize=8)
+    queues.legend(loc="upper right", fontsize=8)
+    return figure
+
+
+def plot_timeline(timeline: np.ndarray, title: str, path: Path) -> None:
+    """Writes `timeline_figure` to a PNG file."""
+    timeline_figure(timeline, title).savefig(path)
+
+
+def plot_history(history: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Validation figures over training steps; `history` as of `policies.training.Training`."""
+    figure = _figure(9, 3.2)
+    steps = [row["steps"] for row in history]
+    panels = (("reward", "reward per episode"), ("revenue_per_s", "revenue per s"), ("immediate_attainment", "attainment"))
+    for axes, (name, label) in zip(figure.subplots(1, 3), panels, strict=True):
+        axes.plot(steps, [row[name] for row in history], marker="o", markersize=3, color=IMMEDIATE_COLOUR)
+        axes.set(xlabel="environment steps", ylabel=label)
+    figure.suptitle("validation on arrivals not trained on")
+    figure.savefig(path)
+
+
+def plot_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Revenue per policy, and attainment against deferred throughput; `rows` as of leaderboard.json."""
+    policies = sorted({row["policy"] for row in rows}, key=lambda name: np.mean(_values(rows, name, "revenue_per_s")))
+    figure = _figure(11, 0.3 * len(policies) + 1.5)
+    bars, frontier = figure.subplots(1, 2, width_ratios=[3, 2])
+    means = [np.mean(_values(rows, name, "revenue_per_s")) for name in policies]
+    spread = [np.std(_values(rows, name, "revenue_per_s")) for name in policies]
+    colours = [IMMEDIATE_COLOUR if name.startswith("learned") else NEUTRAL for name in policies]
+    bars.barh(policies, means, xerr=spread, color=colours, error_kw={"elinewidth": 1})
+    bars.set(xlabel="revenue per s (price units; line: one standard deviation over seeds)")
+    for name, colour in zip(policies, colours, strict=True):
+        attainment = _values(rows, name, "immediate_attainment")
+        if attainment:
+            x, y = np.mean(_values(rows, name, "deferred_tokens_per_s")), np.mean(attainment)
+            frontier.scatter(x, y, color=colour, s=18)
+            frontier.annotate(name, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    frontier.set(xlabel="deferred tokens per s", ylabel="immediate attainment")
+    figure.savefig(path)
+
+
+def _values(rows: Sequence[Mapping[str, Any]], policy: str, name: str) -> list[float]:
+    return [row[name] for row in rows if row["policy"] == policy and row[name] is not None]

@@ -1,0 +1,127 @@
+"""Program: trains an agent on the surrogate, compares it with the heuristics, exports it: `python -m flexirl.train`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import zipfile
+from dataclasses import replace
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from flexirl.configured import load_task, seed_of
+from flexirl.envs.fleet import Task
+from flexirl.envs.vector import BatchingVecEnv
+from flexirl.errors import UserError
+from flexirl.evaluation import compare, table, write_leaderboard
+from flexirl.plots import plot_comparison, plot_history, plot_timeline
+from flexirl.policies.agents import ALGORITHMS, make_agent
+from flexirl.policies.export import export
+from flexirl.policies.registry import check_names
+from flexirl.policies.training import Training
+from flexirl.program import output_folder, run_program
+
+VALIDATION_SEED = 250_000
+
+
+def record_run(config: DictConfig, folder: Path) -> None:
+    """What it takes to repeat the run: configuration, exact command, package versions."""
+    OmegaConf.save(config, folder / "config.yaml", resolve=True)
+    (folder / "command.txt").write_text("python -m flexirl.train " + shlex.join(sys.argv[1:]) + "\n")
+    versions = sorted(f"{d.metadata['Name']}=={d.version}" for d in distributions())
+    (folder / "packages.txt").write_text("\n".join(dict.fromkeys(versions)) + "\n")
+
+
+def held_out_task(config: DictConfig, task: Task) -> Task:
+    """The task to validate and compare on: the held-out part of a recorded trace, else the same with other seeds."""
+    path = config.validation.path
+    if path is None and config.workload.immediate.kind == "trace":
+        recorded = Path(config.workload.path)
+        beside = recorded.with_name(recorded.name.replace(".csv", ".val.csv", 1))
+        path = str(beside) if beside != recorded and beside.is_file() else None
+    if path is None:
+        return task
+    changed = OmegaConf.merge(config, {"workload": {"path": path}})
+    return load_task(changed)  # type: ignore[arg-type]
+
+
+def load_agent(config: DictConfig, env: BatchingVecEnv, log_folder: Path, seed: int) -> BaseAlgorithm:
+    """A new agent, or the one of `resume`."""
+    settings: dict[str, Any] = OmegaConf.to_container(config.agent, resolve=True)  # type: ignore[assignment]
+    if config.resume is None:
+        return make_agent(settings, env, int(config.env.group_size), seed, log_folder)
+    if not Path(config.resume).is_file():
+        raise UserError(f"resume={config.resume} does not exist; give a run's policy.zip.")
+    try:
+        agent = ALGORITHMS[settings["algorithm"]].load(config.resume, env=env, device="cpu")
+    except (ValueError, KeyError, AssertionError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"resume={config.resume} cannot go on here ({error}); give the same agent and env.") from None
+    agent.tensorboard_log = str(log_folder)
+    return agent
+
+
+def run(config: DictConfig) -> float:
+    """Trains, compares, exports; returns the best validation revenue, so that sweeps can rank runs."""
+    folder = output_folder()
+    seed = seed_of(config.seed)
+    check_names(config.compare.policies)
+    task = load_task(config)
+    held_out = held_out_task(config, task)
+    record_run(config, folder)
+    torch.set_num_threads(2)
+    env = BatchingVecEnv(task, int(config.env.members), int(config.env.group_size), int(config.env.traces), seed)
+    agent = load_agent(config, env, folder, seed)
+    watching = Training(
+        held_out, folder, int(config.total_steps), int(config.validation.every_steps), int(config.validation.members),
+        VALIDATION_SEED + seed, bool(config.progress),
+    )  # fmt: skip
+    print(f"{task.scenario.name} on {task.engine.name}: {task.reward.name} reward optimises {task.reward.optimises}")
+    try:
+        agent.learn(int(config.total_steps), callback=watching, reset_num_timesteps=config.resume is None)
+    except KeyboardInterrupt:
+        agent.save(folder / "policy.zip")
+        print(f"interrupted; go on with resume={folder / 'policy.zip'}")
+        raise
+    env.close()
+    best = type(agent).load(folder / "best.zip", device="cpu")
+    best.save(folder / "policy.zip")
+    report(config, folder, best, watching, task, held_out)
+    return watching.best
+
+
+def report(
+    config: DictConfig, folder: Path, agent: BaseAlgorithm, watching: Training, task: Task, held_out: Task
+) -> None:
+    """Exports the agent, compares it, writes tables and pictures."""
+    plot_history(watching.history, folder / "reward.png")
+    names = list(config.compare.policies)
+    if config.agent.algorithm == "recurrent_ppo":
+        print("a recurrent agent is not exported: its memory lives outside the network; policy.zip holds it")
+    else:
+        metadata = {
+            "action": task.action, "immediate_order": task.immediate_order, "deferred_order": task.deferred_order,
+            "interval_s": task.interval_s, "training": OmegaConf.to_container(config, resolve=True),
+            "validation": max(watching.history, key=lambda row: row["revenue_per_s"]),
+        }  # fmt: skip
+        export(agent, folder / "policy.onnx", metadata)
+        names.insert(0, str(folder / "policy.onnx"))
+    held_out_scenario = replace(held_out, action=task.action)
+    comparison = compare(held_out_scenario, names, int(config.compare.seeds), task, seed_of(config.seed))
+    write_leaderboard(comparison.rows, folder)
+    plot_comparison(comparison.rows, folder / "comparison.png")
+    first = next(iter(comparison.first_runs))
+    plot_timeline(comparison.first_runs[first].timeline, first, folder / "timeline.png")
+    print(table(comparison.rows))
+    best = json.dumps({"best_validation_revenue_per_s": watching.best, "folder": str(folder)})
+    (folder / "summary.json").write_text(best + "\n")
+    print(f"written to {folder}")
+
+
+if __name__ == "__main__":
+    run_program("train", run)

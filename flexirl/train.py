@@ -74,7 +74,7 @@ def run(config: DictConfig) -> float:
     task = load_task(config)
     held_out = held_out_task(config, task)
     record_run(config, folder)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # these networks are too small to share; waiting threads would rob the engines
     env = BatchingVecEnv(task, int(config.env.members), int(config.env.group_size), int(config.env.traces), seed)
     agent = load_agent(config, env, folder, seed)
     watching = Training(

@@ -13,7 +13,18 @@ import numpy as np
 from flexirl.envs.observation import VISIBLE, visible_requests
 from flexirl.runtime.policy import View
 from flexirl.runtime.queues import NONE, rescore
-from flexirl.runtime.state import ARRIVAL, CHEAPER, CLASSES, LOWEST_SCORE, NEWEST, ONE_QUEUE, SCORE, State
+from flexirl.runtime.state import (
+    ARRIVAL,
+    CHEAPER,
+    CLASSES,
+    DEADLINE,
+    LOWEST_SCORE,
+    NEWEST,
+    ONE_QUEUE,
+    SCORE,
+    SHORTEST,
+    State,
+)
 from flexirl.workloads.trace import IMMEDIATE
 
 SCHEMA = "flexirl-action-1"
@@ -30,19 +41,25 @@ class Dial(NamedTuple):
 
 
 DIALS = (
-    Dial("immediate_step", "step target of immediate prefill", "0.3 TPOT SLO", "0.9 TPOT SLO", "2.7 TPOT SLO"),
-    Dial("deferred_step", "step target of deferred work", "0.2 TPOT SLO", "0.8 TPOT SLO", "3.2 TPOT SLO"),
-    Dial("deferred_kv", "KV share above which no deferred request is admitted", "0", "0.9", "1"),
+    Dial("immediate_slack", "share of the least decode slack that immediate prefill may use", "0.3", "0.9", "1.5"),
+    Dial("deferred_slack", "the same for new deferred work", "0.1", "0.9", "1.5"),
+    Dial("step", "longest iteration that work may still join", "0.75 TPOT SLO", "3 TPOT SLO", "12 TPOT SLO"),
+    Dial("deferred_kv", "KV share above which no deferred request is admitted", "0", "0.95", "1"),
     Dial("preempt", "deferred requests to preempt now", "0", "0", "4"),
-    Dial("relegate", "late immediate requests go behind the others", "no", "yes", "yes"),
+    Dial("relegate", "late immediate requests go behind all others", "no", "yes", "yes"),
 )
 NUM_DIALS = len(DIALS)
 
-# A grid of dial settings for agents with one discrete choice: step targets of both kinds of work, and one preemption.
+# A grid of dial settings for agents with one discrete choice: both shares of slack, a pause, and one preemption.
 GRID = tuple(
-    [(immediate, deferred, 0.0, 0.0, 0.0) for immediate in (-0.4, 0.0, 0.4) for deferred in (-0.9, -0.4, 0.0, 0.3, 0.6)]
-    + [(0.0, 0.0, 0.0, 0.75, 0.0)]
+    [(immediate, deferred, 0.0, 0.0, 0.0, 0.0) for immediate in (-0.3, 0.0, 0.1) for deferred in (-0.8, -0.4, 0.0, 0.1)]
+    + [(0.0, 0.0, 0.0, -1.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0, 0.75, 0.0)]
 )
+ORDERS = {"arrival": ARRIVAL, "deadline": DEADLINE, "shortest": SHORTEST}
+# In the deadline order a token of prefill still to do counts like this many seconds (QoServe's alpha): under pressure
+# short prompts go first, and more promises are kept.
+ORDER_WEIGHT_S = 0.008
+DEFAULT_IMMEDIATE_ORDER, DEFAULT_DEFERRED_ORDER = "deadline", "shortest"
 PREEMPTS = len(GRID) - 1  # the choice that preempts: masked where nothing deferred runs
 
 
@@ -61,13 +78,14 @@ def set_dials(state: State, dials: np.ndarray, tpot_s: float, immediate_order: i
     decision.deferred_token_floor = 0
     decision.reserve_ratio = 0.0
     decision.reserve_new_ratio = 0.0
-    decision.order_weight_s = 0.0
+    decision.order_weight_s = ORDER_WEIGHT_S
     decision.expected_output = 0.0
-    decision.immediate_step_s = 0.9 * tpot_s * 3.0 ** dials[0]
-    decision.deferred_step_s = 0.8 * tpot_s * 4.0 ** dials[1]
-    decision.deferred_kv_share = 0.9 + (0.9 if dials[2] < 0 else 0.1) * dials[2]
-    decision.preempt_count = int(np.floor(max(dials[3] - 0.5, 0.0) * 8.0 + 1e-6))
-    decision.relegate = 1 if dials[4] > -0.5 else 0
+    decision.immediate_slack = 0.9 + 0.6 * dials[0]
+    decision.deferred_slack = 0.9 + (0.8 if dials[1] < 0 else 0.6) * dials[1]
+    decision.immediate_step_s = decision.deferred_step_s = 3.0 * tpot_s * 4.0 ** dials[2]
+    decision.deferred_kv_share = 0.95 + (0.95 if dials[3] < 0 else 0.05) * dials[3]
+    decision.preempt_count = int(np.floor(max(dials[4] - 0.5, 0.0) * 8.0 + 1e-6))
+    decision.relegate = 1 if dials[5] > -0.5 else 0
 
 
 @nb.njit(cache=True)
@@ -90,5 +108,6 @@ def set_scores(state: State, scores: np.ndarray, tpot_s: float) -> None:
 
 def decision_from_dials(dials: np.ndarray, view: View) -> np.ndarray:
     """The decision (0-d array of `DECISION`) that `dials` (NUM_DIALS floats in [-1, 1]) stand for in this engine."""
-    set_dials(view.state, np.asarray(dials, np.float32), view.slo.tpot_s, ARRIVAL, ARRIVAL)
+    orders = (ORDERS[DEFAULT_IMMEDIATE_ORDER], ORDERS[DEFAULT_DEFERRED_ORDER])
+    set_dials(view.state, np.asarray(dials, np.float32), view.slo.tpot_s, *orders)
     return view.state.decision[0].copy()

@@ -14,6 +14,7 @@ import numba as nb
 import numpy as np
 
 from flexirl.envs import action as actions
+from flexirl.envs.action import ORDERS
 from flexirl.envs.observation import MEMORY, PROMISE, VISIBLE, bounds, observe
 from flexirl.envs.reward import Reward
 from flexirl.errors import UserError
@@ -22,13 +23,12 @@ from flexirl.runtime.accounts import Prices
 from flexirl.runtime.capacity import ServiceTime
 from flexirl.runtime.engine import EngineProfile
 from flexirl.runtime.simulation import promises_by_due_time
-from flexirl.runtime.state import ARRIVAL, DEADLINE, SHORTEST, State, new_states
+from flexirl.runtime.state import State, new_states
 from flexirl.runtime.step_time import BATCH
 from flexirl.workloads.scenario import SLO, Scenario
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE, TRACE_ROW, Trace
 
 ACTIONS = ("dials", "grid", "scores")
-ORDERS = {"arrival": ARRIVAL, "deadline": DEADLINE, "shortest": SHORTEST}
 _DIALS, _GRID, _SCORES = range(3)
 _GRID_DIALS = np.array(actions.GRID, np.float32)
 
@@ -56,8 +56,8 @@ class Task:
     prices: Prices = field(default_factory=Prices)
     interval_s: float = 0.2
     action: str = "dials"
-    immediate_order: str = "arrival"
-    deferred_order: str = "arrival"
+    immediate_order: str = actions.DEFAULT_IMMEDIATE_ORDER
+    deferred_order: str = actions.DEFAULT_DEFERRED_ORDER
 
     def __post_init__(self) -> None:
         if self.action not in ACTIONS:

@@ -13,7 +13,7 @@ import numpy as np
 
 from flexirl.runtime.queues import NONE, first_waiting, head, owed_tokens
 from flexirl.runtime.state import RUNNING, State
-from flexirl.runtime.step_time import BATCH, step_time
+from flexirl.runtime.step_time import BATCH, prefill_slope, step_time
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 SCHEMA = "flexirl-observation-1"
@@ -103,12 +103,6 @@ def bounds(with_requests: bool) -> tuple[np.ndarray, np.ndarray]:
         np.array([feature.low for feature in features], np.float32),
         np.array([feature.high for feature in features], np.float32),
     )
-
-
-@nb.njit(cache=True)
-def prefill_slope(engine) -> float:
-    """Seconds that a prefill token adds to a large iteration."""
-    return engine.per_token_s + engine.per_token_64_s + engine.per_token_128_s + engine.per_token_256_s
 
 
 @nb.njit(cache=True)

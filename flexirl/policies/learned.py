@@ -23,11 +23,9 @@ from flexirl.errors import UserError
 from flexirl.policies.export import FORMAT
 from flexirl.policies.registry import make_policy
 from flexirl.runtime.policy import Policy, View
-from flexirl.runtime.state import ARRIVAL, DEADLINE, SHORTEST
 
 _LOG = logging.getLogger(__name__)
 _KINDS = {"dials", "grid", "scores"}
-_ORDERS = {"arrival": ARRIVAL, "deadline": DEADLINE, "shortest": SHORTEST}
 _LOGGED_FAILURES = 3
 
 

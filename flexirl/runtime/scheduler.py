@@ -30,7 +30,7 @@ from flexirl.runtime.state import (
     WAITING,
     State,
 )
-from flexirl.runtime.step_time import step_time_with_chunk, step_time_with_decode
+from flexirl.runtime.step_time import prefill_slope, step_time_with_chunk, step_time_with_decode
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 # Immediate prefill always advances by this much, whatever its step target: chunks this small are all but free.
@@ -102,6 +102,7 @@ def plan(state: State) -> None:
     scheduler.budget = min(decision.token_budget, state.engine[0].max_tokens_per_step)
     state.classes[IMMEDIATE].preempted = 0
     state.classes[DEFERRED].preempted = 0
+    _set_targets(state)
     if decision.discipline == CLASSES:
         _schedule_running(state, True, False)
         _admit_waiting(state, True, False)
@@ -200,6 +201,50 @@ def best_effort(request) -> bool:
     return request.request_class == DEFERRED or request.relegated == 1
 
 
+@nb.njit(cache=True)
+def _set_targets(state: State) -> None:
+    """Turns the decision's step targets and shares of slack into targets for this iteration."""
+    scheduler, decision = state.scheduler[0], state.decision[0]
+    scheduler.immediate_target_s = decision.immediate_step_s
+    scheduler.deferred_target_s = decision.deferred_step_s
+    scheduler.deferred_floor = decision.deferred_token_floor
+    if decision.immediate_slack <= 0 and decision.deferred_slack <= 0:
+        return
+    slack_s, decodes_s, decodes = decode_slack(
+        state.requests, state.running, scheduler.running, state.engine[0], scheduler.now_s
+    )
+    if decision.immediate_slack > 0:
+        target_s = decision.immediate_slack * slack_s - decodes_s
+        scheduler.immediate_target_s = min(scheduler.immediate_target_s, target_s)
+    if decision.deferred_slack > 0:
+        scheduler.deferred_target_s = min(scheduler.deferred_target_s, decision.deferred_slack * slack_s)
+        scheduler.deferred_floor = max(scheduler.deferred_floor, decodes)
+
+
+@nb.njit(cache=True)
+def decode_slack(requests, running, count: int, engine, now_s: float) -> tuple[float, float, int]:
+    """Least slack of immediate decodes; the time that deferred decodes add to an iteration; how many those are.
+
+    Slack is the time until a request's next token is due at its promised pace: infinite where no immediate request
+    decodes, 0 if one is late. Requests whose promise is already broken have none left to keep.
+    """
+    slack_s = np.inf
+    decodes, context = 0, 0.0
+    for i in range(count):
+        request = requests[running[i]]
+        if request.generated == 0 or owed_tokens(request) != 1:
+            continue
+        if best_effort(request):
+            decodes += 1
+            context += request.computed + 1.0
+        elif request.missed == 0:
+            due_s = request.first_token_s + request.generated * request.tpot_slo_s
+            slack_s = min(slack_s, due_s - now_s)
+    per_decode_s = prefill_slope(engine) + engine.per_sequence_s
+    decodes_s = decodes * per_decode_s + context * (engine.per_context_s + engine.per_mixed_context_s)
+    return max(slack_s, 0.0), decodes_s, decodes
+
+
 # ---------------------------------------------------------------------------------------------- running requests
 
 
@@ -210,7 +255,7 @@ def _schedule_running(state: State, immediate: bool, deferred: bool) -> None:
     batch, engine = state.batch[0], state.engine[0]
     count = scheduler.running
     block_size = engine.block_size
-    limited = decision.deferred_step_s < np.inf and deferred
+    limited = scheduler.deferred_target_s < np.inf and deferred
     prefills = 0
     for decodes in (True, False):
         if not decodes and prefills == 0:
@@ -236,27 +281,13 @@ def _schedule_running(state: State, immediate: bool, deferred: bool) -> None:
                 continue
             if limited and waits:
                 longer_s = _step_with(engine, batch, request, request.computed, 1)
-                if longer_s > decision.deferred_step_s and _floor_left(state) == 0:
+                if longer_s > scheduler.deferred_target_s and scheduler.deferred_floor <= 0:
                     continue
             # Nearly always the token fits into the last block; the call, which copies the state, is for the rest.
             if blocks_for(request.computed + 1, block_size) > request.kv_blocks:
                 if not _grow(state, r, request.computed + 1):
                     continue
             _enlist(scheduler, batch, request, 1)
-
-
-@nb.njit(cache=True, inline="always")
-def _floor_left(state: State) -> int:
-    """Tokens, of those that work that may wait gets whatever its step target, that it has not yet had."""
-    decision = state.decision[0]
-    if decision.deferred_token_floor <= 0:
-        return 0
-    given = 0
-    for i in range(state.scheduler[0].running):
-        request = state.requests[state.running[i]]
-        if best_effort(request):
-            given += request.scheduled
-    return max(decision.deferred_token_floor - given, 0)
 
 
 @nb.njit(cache=True)
@@ -266,7 +297,7 @@ def _chunk(state: State, r: int, start: int) -> int:
     engine, request = state.engine[0], state.requests[r]
     limit = min(request.prompt_tokens + request.generated - start, scheduler.budget)
     waits = best_effort(request)
-    target_s = decision.deferred_step_s if waits else decision.immediate_step_s
+    target_s = scheduler.deferred_target_s if waits else scheduler.immediate_target_s
     if target_s == np.inf or limit <= 0 or _step_with(engine, batch, request, start, limit) <= target_s:
         return limit
     low, high = 0, limit
@@ -277,7 +308,7 @@ def _chunk(state: State, r: int, start: int) -> int:
         else:
             high = middle
     if waits:
-        return max(low, min(limit, _floor_left(state)))
+        return max(low, min(limit, max(scheduler.deferred_floor, 0)))
     if batch.prefill_tokens == 0:
         return max(low, min(limit, MIN_CHUNK))
     return low
@@ -315,6 +346,8 @@ def _enlist(scheduler, batch, request, tokens: int) -> None:
 @nb.njit(cache=True, inline="always")
 def _count_in_batch(scheduler, batch, request, tokens: int, sign: int) -> None:
     scheduler.budget -= sign * tokens
+    if best_effort(request):
+        scheduler.deferred_floor -= sign * tokens
     owed = owed_tokens(request)
     if owed == 1 and request.generated > 0:
         batch.decode_sequences += sign
@@ -428,7 +461,7 @@ def swap_cost(engine, request) -> float:
 def recompute_cost(engine, request) -> float:
     """Seconds to prefill again what the request had computed, in iterations that are busy anyway."""
     tokens = float(request.computed)
-    slope = engine.per_token_s + engine.per_token_64_s + engine.per_token_128_s + engine.per_token_256_s
+    slope = prefill_slope(engine)
     images = min(tokens, float(request.image_tokens))
     return slope * tokens + 0.5 * engine.per_chunk_context_s * tokens * tokens + engine.per_image_token_s * images
 
@@ -476,14 +509,14 @@ def _admit_waiting(state: State, immediate: bool, deferred: bool) -> None:
 
 @nb.njit(cache=True)
 def _next(state: State, immediate: bool, deferred: bool) -> int:
-    """The request to admit next, or NONE; relegated immediate requests stand just ahead of deferred ones."""
-    discipline = state.decision[0].discipline
-    if discipline == ONE_QUEUE:
+    """The request to admit next, or NONE; relegated immediate requests come after deferred ones."""
+    if state.decision[0].discipline == ONE_QUEUE:
         return merged_head(state)
     first = head(state, IMMEDIATE)
-    if first != NONE and (deferred if state.requests[first].relegated else immediate):
-        return first
-    return head(state, DEFERRED) if deferred else NONE
+    if first != NONE and not state.requests[first].relegated:
+        return first if immediate else NONE
+    second = head(state, DEFERRED)
+    return (second if second != NONE else first) if deferred else NONE
 
 
 @nb.njit(cache=True)
@@ -495,7 +528,7 @@ def _hopeless(state: State, r: int) -> bool:
     start = _reusable_tokens(state, r)
     owed = request.prompt_tokens - start
     tokens = float(owed)
-    slope = engine.per_token_s + engine.per_token_64_s + engine.per_token_128_s + engine.per_token_256_s
+    slope = prefill_slope(engine)
     alone_s = slope * tokens + engine.per_chunk_context_s * tokens * (start + 0.5 * tokens)
     alone_s += engine.per_image_token_s * image_tokens_of_chunk(request, start, owed)
     return state.scheduler[0].now_s + alone_s > request.ttft_deadline_s

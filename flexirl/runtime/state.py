@@ -109,6 +109,9 @@ SCHEDULER = np.dtype(
         ("ring_first", "i8"),
         ("ring_count", "i8"),
         ("budget", "i8"),  # tokens left in the current iteration
+        ("immediate_target_s", "f8"),  # predicted step up to which immediate prefill joins the current iteration
+        ("deferred_target_s", "f8"),  # the same for deferred work
+        ("deferred_floor", "i8"),  # tokens that deferred work gets whatever its target
         ("fastest_step_s", "f8"),  # no iteration is shorter: bounds what lateness can still be made good
         # Totals since the start.
         ("iterations", "i8"),
@@ -149,6 +152,8 @@ DECISION = np.dtype(
         ("deferred_token_floor", "i4"),  # tokens per iteration that deferred work gets whatever its step target
         ("immediate_step_s", "f8"),  # prefill chunks of immediate requests keep the predicted step below this
         ("deferred_step_s", "f8"),  # deferred tokens join while the predicted step stays below this
+        ("immediate_slack", "f8"),  # the same, as a share of the least slack of immediate decodes; 0: does not apply
+        ("deferred_slack", "f8"),  # likewise; deferred decodes run all the same, and their time is set aside
         ("deferred_kv_share", "f8"),  # no NEW deferred request is admitted above this share of the cache
         ("reserve_ratio", "f8"),  # memory kept for running requests: this share of the output they may still make
         ("reserve_new_ratio", "f8"),  # the same for the request to be admitted

@@ -129,6 +129,12 @@ def step_time_with_chunk(engine, batch, context, chunk, image_tokens):
     )
 
 
+@njit(cache=True)
+def prefill_slope(engine):
+    """Seconds that one more prefill token adds to a large iteration, attention aside."""
+    return engine.per_token_s + engine.per_token_64_s + engine.per_token_128_s + engine.per_token_256_s
+
+
 def design_matrix(features: np.ndarray) -> np.ndarray:
     """Columns of the linear model: float array (rows, coefficients) from `BATCH` records, in `COEFFICIENTS` order."""
     tokens = (features["prefill_tokens"] + features["decode_sequences"]).astype(float)

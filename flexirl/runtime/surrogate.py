@@ -208,7 +208,7 @@ def _is_steady(state: State) -> bool:
     """True if the planned iteration repeats until somebody arrives, ends, expires or runs out of blocks.
 
     All running requests decode, and the heads of the queues wait for something that decoding only makes scarcer.
-    Heads that change with time (fair shares, relegation) are left to `plan`.
+    What changes with time (fair shares, relegation, slack) is left to `plan`.
     """
     scheduler, batch, decision = state.scheduler[0], state.batch[0], state.decision[0]
     if batch.prefill_tokens > 0 or batch.swap_tokens > 0 or batch.decode_sequences != scheduler.running:
@@ -219,7 +219,8 @@ def _is_steady(state: State) -> bool:
     if waiting == 0:
         return True
     fair = state.classes[IMMEDIATE].order == FAIR or state.classes[DEFERRED].order == FAIR
-    return not fair and not (decision.relegate and state.classes[IMMEDIATE].waiting > 0)
+    by_slack = decision.immediate_slack > 0 or decision.deferred_slack > 0
+    return not fair and not by_slack and not (decision.relegate and state.classes[IMMEDIATE].waiting > 0)
 
 
 @nb.njit(cache=True)

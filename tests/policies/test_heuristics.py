@@ -9,7 +9,7 @@ import pytest
 
 from flexirl.errors import UserError
 from flexirl.policies.heuristics.base import slo_token_budget
-from flexirl.policies.heuristics.qoserve import decode_slack
+from flexirl.runtime.scheduler import decode_slack
 from flexirl.policies.registry import make_policy, policy_names
 from flexirl.runtime import simulation, surrogate
 from flexirl.runtime.engine import EngineProfile, load_profile, make_profile

@@ -22,16 +22,13 @@ Adapted:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-import numba as nb
 import numpy as np
 
 from flexirl.policies.heuristics.base import Heuristic, deferred_head_first, require
 from flexirl.runtime.policy import View
-from flexirl.runtime.queues import owed_tokens
-from flexirl.runtime.scheduler import best_effort
 from flexirl.runtime.state import CLASSES, DEADLINE, FINISHED, ONE_QUEUE, SHORTEST, WAITING
+from flexirl.runtime.step_time import prefill_slope
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 MEMORY = np.dtype([("revised_s", "f8"), ("most_waiting_tokens", "i8")])
@@ -72,35 +69,24 @@ class QoServe(Heuristic):
         decision["token_budget"] = self.max_chunk_tokens
         decision["immediate_order"] = DEADLINE
         decision["relegate"] = 1
+        # Each iteration is sized by the slack at its start; deferred decodes run all the same.
+        decision["immediate_slack"] = self.slack_used
+        decision["deferred_slack"] = self.slack_used
 
     def decide(self, view: View) -> np.ndarray:
-        """Sizes this iteration by the least slack and lets the most urgent class go first."""
+        """Lets the more urgent class go first."""
         state, memory, decision = view.state, self._memory, self._decision
         now_s = view.now_s
         memory["most_waiting_tokens"] = max(int(memory["most_waiting_tokens"]), view.waiting_tokens(IMMEDIATE))
         if now_s >= memory["revised_s"] + self.revise_s:
             self._revise(view, now_s)
-        slack_s, decodes_s, decodes = decode_slack(
-            state.requests, state.running, state.scheduler["running"][0], state.engine[0], now_s
-        )
-        decision["deferred_step_s"] = self.slack_used * slack_s
-        # Deferred decodes come after immediate prefill, so their time is set aside; and they run whatever the target.
-        decision["immediate_step_s"] = self.slack_used * slack_s - decodes_s
-        decision["deferred_token_floor"] = decodes
-        decision["discipline"] = ONE_QUEUE if self._deferred_first(view) else CLASSES
+        decision["discipline"] = ONE_QUEUE if deferred_head_first(view) else CLASSES
         return decision
-
-    def _deferred_first(self, view: View) -> bool:
-        if self._decision["deferred_order"] == DEADLINE:
-            return deferred_head_first(view)
-        # Without windows every immediate request goes first unless it is relegated.
-        immediate = view.state.lanes[IMMEDIATE, 0]
-        return bool(immediate >= 0 and view.state.requests["relegated"][immediate])
 
     def _revise(self, view: View, now_s: float) -> None:
         """Chooses alpha by the load since the last time, and the output expected of deferred requests."""
         engine, memory, decision = view.engine, self._memory, self._decision
-        waited_s = int(memory["most_waiting_tokens"]) * prefill_token_s(engine)
+        waited_s = int(memory["most_waiting_tokens"]) * prefill_slope(engine)
         low = waited_s <= self.low_load * view.slo.ttft_s
         memory[()] = (now_s, 0)
         deferred = view.state.requests[view.state.requests["request_class"] == DEFERRED]
@@ -109,34 +95,3 @@ class QoServe(Heuristic):
         decision["order_weight_s"] = self.low_load_alpha_s if low else self.alpha_s
         decision["expected_output"] = finished.mean() + 2.0 * finished.std() if len(finished) else 0.0
         decision["deferred_order"] = DEADLINE if np.isfinite(waiting).any() else SHORTEST
-
-
-@nb.njit(cache=True)
-def prefill_token_s(engine: Any) -> float:
-    """Seconds that one more prefill token adds to a large iteration; `engine` is an `ENGINE` record."""
-    return float(engine.per_token_s + engine.per_token_64_s + engine.per_token_128_s + engine.per_token_256_s)
-
-
-@nb.njit(cache=True)
-def decode_slack(
-    requests: np.ndarray, running: np.ndarray, count: int, engine: Any, now_s: float
-) -> tuple[float, float, int]:
-    """Least slack of immediate decodes; the time that deferred decodes add to an iteration; how many those are.
-
-    Slack is the time until the next token is due: infinite where no immediate request decodes, 0 if it is late.
-    """
-    slack_s = np.inf
-    decodes, context = 0, 0.0
-    for i in range(count):
-        request = requests[running[i]]
-        if request.generated == 0 or owed_tokens(request) != 1:
-            continue
-        if best_effort(request):
-            decodes += 1
-            context += request.computed + 1.0
-        elif request.first_token_s <= request.ttft_deadline_s:
-            due_s = request.first_token_s + request.generated * request.tpot_slo_s
-            slack_s = min(slack_s, due_s - now_s)
-    per_decode_s = prefill_token_s(engine) + engine.per_sequence_s
-    decodes_s = decodes * per_decode_s + context * (engine.per_context_s + engine.per_mixed_context_s)
-    return max(slack_s, 0.0), decodes_s, decodes

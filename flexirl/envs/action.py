@@ -42,24 +42,26 @@ class Dial(NamedTuple):
 
 DIALS = (
     Dial("immediate_slack", "share of the least decode slack that immediate prefill may use", "0.3", "0.9", "1.5"),
-    Dial("deferred_slack", "the same for new deferred work", "0.1", "0.9", "1.5"),
+    Dial("deferred_slack", "the same for deferred work", "0.1", "0.7", "1.3"),
+    Dial("deferred_decodes", "share of deferred decodes that run whatever the slack", "0", "0.5", "1"),
     Dial("step", "longest iteration that work may still join", "0.75 TPOT SLO", "3 TPOT SLO", "12 TPOT SLO"),
     Dial("deferred_kv", "KV share above which no deferred request is admitted", "0", "0.95", "1"),
     Dial("preempt", "deferred requests to preempt now", "0", "0", "4"),
-    Dial("relegate", "late immediate requests go behind all others", "no", "yes", "yes"),
+    Dial("relegate", "times its prefill an immediate request must have left, or it goes last", "0", "3", "6"),
 )
 NUM_DIALS = len(DIALS)
 
-# A grid of dial settings for agents with one discrete choice: both shares of slack, a pause, and one preemption.
+# A grid of dial settings for agents with one discrete choice: shares of slack and decodes, a pause, one preemption.
 GRID = tuple(
-    [(immediate, deferred, 0.0, 0.0, 0.0, 0.0) for immediate in (-0.3, 0.0, 0.1) for deferred in (-0.8, -0.4, 0.0, 0.1)]
-    + [(0.0, 0.0, 0.0, -1.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0, 0.75, 0.0)]
+    [(0.0, slack, decodes, 0.0, 0.0, 0.0, 0.0) for slack in (-0.7, -0.3, 0.0, 0.3) for decodes in (-1.0, 0.0, 1.0)]
+    + [(0.0, 0.0, -1.0, 0.0, -1.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0, 0.0, 0.75, 0.0)]
 )
 ORDERS = {"arrival": ARRIVAL, "deadline": DEADLINE, "shortest": SHORTEST}
 # In the deadline order a token of prefill still to do counts like this many seconds (QoServe's alpha): under pressure
 # short prompts go first, and more promises are kept.
 ORDER_WEIGHT_S = 0.008
 DEFAULT_IMMEDIATE_ORDER, DEFAULT_DEFERRED_ORDER = "deadline", "shortest"
+GRID_ZERO = GRID.index((0.0,) * NUM_DIALS)  # the choice that leaves all dials at zero
 PREEMPTS = len(GRID) - 1  # the choice that preempts: masked where nothing deferred runs
 
 
@@ -78,14 +80,16 @@ def set_dials(state: State, dials: np.ndarray, tpot_s: float, immediate_order: i
     decision.deferred_token_floor = 0
     decision.reserve_ratio = 0.0
     decision.reserve_new_ratio = 0.0
+    decision.reserve_clip = np.inf
     decision.order_weight_s = ORDER_WEIGHT_S
     decision.expected_output = 0.0
     decision.immediate_slack = 0.9 + 0.6 * dials[0]
-    decision.deferred_slack = 0.9 + (0.8 if dials[1] < 0 else 0.6) * dials[1]
-    decision.immediate_step_s = decision.deferred_step_s = 3.0 * tpot_s * 4.0 ** dials[2]
-    decision.deferred_kv_share = 0.95 + (0.95 if dials[3] < 0 else 0.05) * dials[3]
-    decision.preempt_count = int(np.floor(max(dials[4] - 0.5, 0.0) * 8.0 + 1e-6))
-    decision.relegate = 1 if dials[5] > -0.5 else 0
+    decision.deferred_slack = 0.7 + 0.6 * dials[1]
+    decision.deferred_decodes = 0.5 + 0.5 * dials[2]
+    decision.immediate_step_s = decision.deferred_step_s = 3.0 * tpot_s * 4.0 ** dials[3]
+    decision.deferred_kv_share = 0.95 + (0.95 if dials[4] < 0 else 0.05) * dials[4]
+    decision.preempt_count = int(np.floor(max(dials[5] - 0.5, 0.0) * 8.0 + 1e-6))
+    decision.relegate = 3.0 + 3.0 * dials[6]
 
 
 @nb.njit(cache=True)

@@ -57,7 +57,8 @@ class BatchingEnv(gym.Env[np.ndarray, Any]):
 
         figure = timeline_figure(np.array(self._timeline, TIMELINE), self.task.scenario.name)
         if self.render_mode == "human":
-            return _show(figure)
+            _show(figure)
+            return None
         figure.canvas.draw()
         return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
 

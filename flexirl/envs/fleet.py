@@ -37,7 +37,6 @@ MEMBER = np.dtype(  # what an episode needs beside the engine's own state
         ("steps", "i8"),
         ("rows", "i8"),  # rows of its trace
         ("duration_s", "f8"),
-        ("now_s", "f8"),
         ("deferred_value", "f8"),  # credited so far
         ("lost_value", "f8"),
     ],
@@ -162,7 +161,8 @@ class Fleet:
             self._member[m]["rows"] = len(trace)
             self._member[m]["duration_s"] = share * self.duration_s
             self._memory[m] = np.zeros((), MEMORY)
-            noise_seed = int(self._episode[group]) * self.members + m
+            entropy = [self._seed, int(self._episode[group]), m]
+            noise_seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
             _start_member(
                 self._states, self._traces, promises, self._member, self._memory, self._batches, self._promise,
                 self.low, self.high, self.observations, m, noise_seed,
@@ -171,9 +171,7 @@ class Fleet:
     def _grow(self, max_requests: int, num_tenants: int) -> None:
         """Makes room for a longer trace in the middle of other members' episodes."""
         old = (self._states, self._traces, self._memory, self._member)
-        self._allocate(
-            max(int(1.1 * max_requests), old[1].shape[1]), max(num_tenants, old[0].tenants.shape[1])
-        )
+        self._allocate(max(int(1.1 * max_requests), old[1].shape[1]), max(num_tenants, old[0].tenants.shape[1]))
         for new_array, old_array in zip(self._states, old[0], strict=True):
             new_array[tuple(slice(n) for n in old_array.shape)] = old_array
         self._states.lanes[:, :, old[0].lanes.shape[2] :] = -1
@@ -184,11 +182,14 @@ class Fleet:
         """One decision interval of every member: observations, rewards (float32) and whose episode is over (bool).
 
         action: float32 (members, NUM_DIALS or VISIBLE), or integers (members,) for the grid. Members whose episode is
-        over have their last observation; `restart` begins their next one.
+        over have their last observation; `restart` begins their next one. Raises ValueError for another shape.
         """
         if self._kind == _GRID:
             action = _GRID_DIALS[np.asarray(action, np.int64).reshape(self.members)]
         action = np.ascontiguousarray(action, np.float32)
+        numbers = VISIBLE if self._kind == _SCORES else actions.NUM_DIALS
+        if action.shape != (self.members, numbers):
+            raise ValueError(f"Actions of shape {action.shape} do not fit {self.members} members of {numbers} numbers.")
 
         def run(share: tuple[int, int]) -> None:
             _step_members(
@@ -201,7 +202,9 @@ class Fleet:
             run(self._shares[0])
         else:
             list(self._pool.map(run, self._shares))
-        return self.observations, self.rewards, self._member["now_s"] >= self._member["duration_s"] - 1e-9
+        # By steps, not by the clock: a long iteration takes one member past the end before the others of its group.
+        over = self._member["steps"] * self.task.interval_s >= self._member["duration_s"] - 1e-9
+        return self.observations, self.rewards, over
 
     def restart(self, over: np.ndarray) -> None:
         """Starts the next episode of the groups whose members are over (bool, members); a group ends as one."""
@@ -240,8 +243,6 @@ class Fleet:
             self._pool.shutdown()
 
 
-
-
 @nb.njit(cache=True)
 def _member_state(states: State, m: int) -> State:
     return State(
@@ -273,7 +274,6 @@ def _step_members(
         until_s = min(member.steps * interval_s, member.duration_s)
         began_s = state.scheduler[0].now_s
         surrogate.advance(state, traces[m, : member.rows], until_s, 0)
-        member.now_s = state.scheduler[0].now_s
         rewards[m] = _reward(state, member, promise[0], reward[0], began_s, interval_s)
         observe(state, memory[m], promise[0], batches[m], low, high, observations[m])
 
@@ -291,9 +291,4 @@ def _reward(state, member, promise, reward, began_s, interval_s):
     member.lost_value = lost_value
     in_system = immediate.waiting + immediate.running
     waited = in_system * (state.scheduler[0].now_s - began_s) / promise.ttft_s
-    return (
-        (reward.deferred * gained - reward.loss * lost) / (reward.scale * interval_s)
-        - reward.waiting * waited
-    )
-
-
+    return (reward.deferred * gained - reward.loss * lost) / (reward.scale * interval_s) - reward.waiting * waited

@@ -48,7 +48,7 @@ TABLE = (
     Feature("kv_free", "free share of the KV cache", "cache", "1", 0, 1),
     Feature("host_kv_used", "used share of the host memory for swapping", "memory", "1", 0, 1),
     Feature("step_mean", "mean iteration since the last decision", "TPOT SLO", "1", 0, 4),
-    Feature("step_all", "predicted iteration in which all running requests decode", "TPOT SLO", "1", 0, 4),
+    Feature("step_all", "predicted iteration of all requests that decode now", "TPOT SLO", "1", 0, 4),
     Feature("step_immediate", "the same for the immediate ones alone", "TPOT SLO", "1", 0, 4),
     Feature("arrivals_1s", "immediate prompt demand, exponential mean over 1 s", "capacity", "1", 0, 4),
     Feature("arrivals_5s", "the same over 5 s", "capacity", "1", 0, 4),
@@ -67,7 +67,7 @@ REQUEST_TABLE = (
     Feature("slack", "time to its next due time (first token, next token, deadline)", "TTFT SLO", "1", -2, 4),
     Feature("kv", "share of the KV cache it holds or needs", "cache", "4", 0, 1),
     Feature("generated", "output tokens so far", "tokens", "log(1 + n) / 5", 0, 2),
-    Feature("predicted", "predicted output tokens still to come; 0 without a predictor", "tokens", "log(1 + n) / 5", 0, 2),
+    Feature("predicted", "predicted output tokens to come; 0 without a predictor", "tokens", "log(1 + n) / 5", 0, 2),
 )
 VISIBLE_PER_QUEUE = 4  # of each class in the waiting queues; and twice as many of the running batch
 VISIBLE = 4 * VISIBLE_PER_QUEUE

@@ -44,10 +44,9 @@ class BatchingVectorEnv(VectorEnv):
         observations, rewards, over = self.fleet.step(actions)
         info: dict[str, Any] = {}
         if over.any():
-            final = np.full(self.num_envs, None, dtype=object)
-            for m in np.flatnonzero(over):
-                final[m] = observations[m].copy()
-            info = {"final_obs": final, "_final_obs": over.copy(), "final_info": {}, "_final_info": over.copy()}
+            for m in np.flatnonzero(over).tolist():
+                final = {"final_obs": observations[m].copy(), "final_info": {"figures": self.fleet.episode_figures(m)}}
+                info = self._add_info(info, final, m)
             self.fleet.restart(over)
         return observations.copy(), rewards.astype(np.float64), np.zeros(self.num_envs, bool), over.copy(), info
 

@@ -15,6 +15,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
+from flexirl.envs.action import GRID_ZERO
 from flexirl.errors import UserError
 from flexirl.policies.grouped_ppo import GroupedPPO
 
@@ -26,11 +27,15 @@ ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
     "recurrent_ppo": RecurrentPPO,
     "maskable_ppo": MaskablePPO,
 }
+NORMALISED_LIMIT = 5.0
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
 
 class Normaliser(BaseFeaturesExtractor):
     """Shifts and scales observations to mean 0 and variance 1; the figures are set once, before training."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self, observation_space: gym.Space[Any]) -> None:
         size = int(np.prod(observation_space.shape or ()))
@@ -39,8 +44,8 @@ class Normaliser(BaseFeaturesExtractor):
         self.register_buffer("std", torch.ones(size))
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        """Normalised observations, cut at 5 standard deviations."""
-        return torch.clamp((observations - self.mean) / self.std, -5.0, 5.0)
+        """Normalised observations, cut at NORMALISED_LIMIT standard deviations."""
+        return torch.clamp((observations - self.mean) / self.std, -NORMALISED_LIMIT, NORMALISED_LIMIT)
 
     def set(self, observations: np.ndarray) -> None:
         """Takes mean and deviation from a sample (rows of observations); what does not vary is only shifted."""
@@ -75,11 +80,10 @@ def make_agent(config: dict[str, Any], env: VecEnv, group_size: int, seed: int, 
         policy_kwargs["lstm_hidden_size"] = int(network["lstm"])
     if name == "grouped_ppo":
         hyperparameters["group_size"] = group_size
-    if config["decay_learning_rate"]:
-        peak = float(hyperparameters["learning_rate"])
-        hyperparameters["learning_rate"] = LinearDecay(peak)
     policy = "MlpLstmPolicy" if name == "recurrent_ppo" else "MlpPolicy"
     try:
+        if config["decay_learning_rate"]:
+            hyperparameters["learning_rate"] = LinearDecay(float(hyperparameters["learning_rate"]))
         agent = ALGORITHMS[name](
             policy, env, policy_kwargs=policy_kwargs, seed=seed, tensorboard_log=str(log_folder), device="cpu",
             **hyperparameters,
@@ -102,10 +106,12 @@ class LinearDecay:
 
 
 def normalise(agent: BaseAlgorithm, env: VecEnv, steps: int = 300) -> None:
-    """Sets every normaliser of the agent from what zero actions, a sensible heuristic, observe."""
-    observations = [env.reset()]
+    """Sets every normaliser of the agent from what the heuristic at zero of all dials or scores observes."""
+    discrete = isinstance(env.action_space, gym.spaces.Discrete)
+    action = np.full((env.num_envs, *(env.action_space.shape or ())), GRID_ZERO if discrete else 0)
+    observations = [np.asarray(env.reset())]
     for _ in range(steps):
-        observations.append(env.step(np.zeros((env.num_envs, *(env.action_space.shape or ())), np.float32))[0])
+        observations.append(np.asarray(env.step(action)[0]))
     sample = np.concatenate(observations)
     for module in agent.policy.modules():
         if isinstance(module, Normaliser):

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from onnx import TensorProto, helper, numpy_helper
-from sb3_contrib import RecurrentPPO
+from sb3_contrib import MaskablePPO, RecurrentPPO
 from stable_baselines3 import DQN
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import nn
@@ -18,7 +17,7 @@ from torch import nn
 from flexirl import __version__
 from flexirl.envs import action, observation
 from flexirl.errors import UserError
-from flexirl.policies.agents import Normaliser
+from flexirl.policies.agents import NORMALISED_LIMIT, Normaliser
 
 OPSET = 17
 FORMAT = "flexirl-policy-1"
@@ -44,7 +43,11 @@ class _Graph:
     def normaliser(self, x: str, module: Normaliser) -> str:
         x = self.add("Sub", x, self.constant(module.mean.numpy()))
         x = self.add("Div", x, self.constant(module.std.numpy()))
-        return self.add("Clip", x, self.constant(np.float32(-5.0)), self.constant(np.float32(5.0)))
+        return self.clip(x, NORMALISED_LIMIT)
+
+    def clip(self, x: str, limit: float) -> str:
+        low, high = (self.constant(np.asarray(sign * limit, np.float32)) for sign in (-1, 1))
+        return self.add("Clip", x, low, high)
 
     def layers(self, x: str, modules: nn.Module) -> str:
         for module in modules.modules():
@@ -61,8 +64,10 @@ class _Graph:
 def export(agent: BaseAlgorithm, path: Path, metadata: dict[str, Any]) -> None:
     """Writes the agent's deterministic policy to `path`.
 
-    Input `observation`: float32 (n, observations). Outputs `action`: float32 (n, numbers) in [-1, 1], or int64 (n,), the
-    choice of the grid; and `raw`: what the action was cut or chosen from, which shows numbers that are not. metadata: JSON values, kept beside the schemas in the file's properties.
+    Input `observation`: float32 (n, observations). Outputs `action`: float32 (n, numbers) in [-1, 1], or int64 (n,),
+    the choice of the grid; and `raw`: what the action was cut or chosen from, which shows numbers that are not finite.
+    metadata: JSON values, kept beside the schemas in the file's properties; `masked` is added: whether choices that can
+    do nothing were masked in training, and are to be masked when acting.
     Raises UserError for a recurrent agent, whose memory the deployed policy protocol does not carry.
     """
     if isinstance(agent, RecurrentPPO):
@@ -70,7 +75,8 @@ def export(agent: BaseAlgorithm, path: Path, metadata: dict[str, Any]) -> None:
             "A recurrent agent keeps its memory outside the network, so it cannot be exported; use policy.zip."
         )
     graph = _Graph()
-    policy = agent.policy
+    policy: Any = agent.policy  # its parts depend on the algorithm
+    space: Any = agent.action_space
     if isinstance(agent, DQN):
         x = graph.normaliser("observation", policy.q_net.features_extractor)
         x = graph.layers(x, policy.q_net.q_net)
@@ -79,21 +85,21 @@ def export(agent: BaseAlgorithm, path: Path, metadata: dict[str, Any]) -> None:
         x = graph.layers(x, policy.mlp_extractor.policy_net)
         x = graph.layers(x, policy.action_net)
     graph.nodes[-1].output[0] = x = "raw"
-    size = int(agent.observation_space.shape[0])
-    if agent.action_space.shape:
-        graph.add("Clip", x, graph.constant(np.float32(-1.0)), graph.constant(np.float32(1.0)))
-        numbers = int(agent.action_space.shape[0])
+    size = len(policy.observation_space.low)
+    if space.shape:
+        graph.clip(x, 1.0)
+        numbers = int(space.shape[0])
         result = helper.make_tensor_value_info("action", TensorProto.FLOAT, ["n", numbers])
     else:
         graph.add("ArgMax", x, axis=1, keepdims=0)
-        numbers = int(agent.action_space.n)
+        numbers = int(space.n)
         result = helper.make_tensor_value_info("action", TensorProto.INT64, ["n"])
     raw = helper.make_tensor_value_info("raw", TensorProto.FLOAT, ["n", numbers])
     graph.nodes[-1].output[0] = "action"
     model = helper.make_model(
         helper.make_graph(
-            graph.nodes, "policy",
-            [helper.make_tensor_value_info("observation", TensorProto.FLOAT, ["n", size])], [result, raw], graph.weights,
+            graph.nodes, "policy", [helper.make_tensor_value_info("observation", TensorProto.FLOAT, ["n", size])],
+            [result, raw], graph.weights,
         ),
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=8,
@@ -102,6 +108,7 @@ def export(agent: BaseAlgorithm, path: Path, metadata: dict[str, Any]) -> None:
         "format": FORMAT, "observation_schema": observation.SCHEMA, "action_schema": action.SCHEMA,
         "package_version": __version__,
     }  # fmt: skip
-    helper.set_model_props(model, {**schemas, **{key: json.dumps(value) for key, value in metadata.items()}})
+    values = {"masked": isinstance(agent, MaskablePPO), **metadata}
+    helper.set_model_props(model, {**schemas, **{key: json.dumps(value) for key, value in values.items()}})
     onnx.checker.check_model(model, full_check=True)
     path.write_bytes(model.SerializeToString())

@@ -23,43 +23,65 @@ from flexirl.errors import UserError
 from flexirl.policies.export import FORMAT
 from flexirl.policies.registry import make_policy
 from flexirl.runtime.policy import Policy, View
+from flexirl.workloads.trace import DEFERRED
 
 _LOG = logging.getLogger(__name__)
-_KINDS = {"dials", "grid", "scores"}
+_NUMBERS = {"dials": actions.NUM_DIALS, "grid": len(actions.GRID), "scores": observation.VISIBLE}
 _LOGGED_FAILURES = 3
+
+
+# The fallback must be ready at once, without a search, and hold for a whole interval when it is asked but once in it.
+FALLBACK = "conserve"
 
 
 class LearnedPolicy:
     """Decides by an exported network.
 
-    time_limit_s: a decision that takes longer than this is not used; None, never. failures: decisions that the fallback
-    took so far, by reason.
+    fallback: name of the hand-written policy that decides where the network cannot. time_limit_s: a decision that takes
+    longer than this is not used; None, never. failures: decisions that the fallback took so far, by reason.
+    Raises UserError for a file that is missing, damaged or of another schema.
     """
 
     every_iteration = False
 
-    def __init__(self, path: Path, fallback: str = "hygen", time_limit_s: float | None = None) -> None:
-        self.name = path.stem if path.stem != "policy" else f"learned:{path.parent.name}"
+    def __init__(self, path: Path, fallback: str = FALLBACK, time_limit_s: float | None = None) -> None:
+        self.name = path.stem if path.stem != "policy" else f"learned:{path.resolve().parent.name}"
         self.fallback: Policy = make_policy(fallback)
         self.time_limit_s = time_limit_s
         self.failures: dict[str, int] = {}
         self._session, self.metadata = _open(path)
         self._kind = str(self.metadata.get("action", "dials"))
-        self._orders = tuple(
-            _ORDERS.get(str(self.metadata.get(name, "arrival")), ARRIVAL)
-            for name in ("immediate_order", "deferred_order")
-        )
+        self._masked = bool(self.metadata.get("masked", False))
+        self._immediate_order = self._order("immediate_order", actions.DEFAULT_IMMEDIATE_ORDER, path)
+        self._deferred_order = self._order("deferred_order", actions.DEFAULT_DEFERRED_ORDER, path)
         self._check_shapes(path)
 
+    def _order(self, key: str, default: str, path: Path) -> int:
+        name = str(self.metadata.get(key, default))
+        if name not in actions.ORDERS:
+            raise UserError(f"Policy {path} has {key} {name}, which this version does not know; train it anew.")
+        return actions.ORDERS[name]
+
     def _check_shapes(self, path: Path) -> None:
-        if self._kind not in _KINDS:
-            raise UserError(f"{path} decides by {self._kind}, which this version does not know.")
+        if self._kind not in _NUMBERS:
+            raise UserError(f"Policy {path} decides by {self._kind}, which this version does not know; train it anew.")
         expected = len(observation.bounds(self._kind == "scores")[0])
-        inputs = self._session.get_inputs()
-        if len(inputs) != 1 or inputs[0].shape[-1] != expected:
-            raise UserError(
-                f"{path} observes {inputs[0].shape[-1]} numbers, but this version has {expected}; train it anew."
-            )
+        sizes = {tensor.name: tensor.shape[-1:] for tensor in self._session.get_inputs()}
+        if sizes != {"observation": [expected]}:
+            has = ", ".join(f"{name} of {size[-1] if size else 1}" for name, size in sizes.items()) or "nothing"
+            raise UserError(f"Policy {path} observes {has}, but this version has {expected} numbers; train it anew.")
+        numbers = _NUMBERS[self._kind]
+        try:
+            action, raw = self._run(np.zeros(expected, np.float32))
+        except Exception as error:
+            raise UserError(f"Policy {path} cannot decide ({_first_line(error)}); export it anew.") from None
+        if raw.shape != (numbers,) or action.shape != (() if self._kind == "grid" else (numbers,)):
+            raise UserError(f"Policy {path} gives other than the {numbers} numbers of {self._kind}; train it anew.")
+
+    def _run(self, observed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The network's action and what it was cut or chosen from, for one observation."""
+        action, raw = self._session.run(["action", "raw"], {"observation": observed[None]})
+        return action[0], raw[0]
 
     def reset(self, view: View) -> None:
         """Forgets what it observed before."""
@@ -71,20 +93,26 @@ class LearnedPolicy:
         """The network's decision, or the fallback's."""
         try:
             began = time.perf_counter() if self.time_limit_s is not None else 0.0
-            outputs = self._session.run(["action", "raw"], {"observation": self._observer(view.state)[None]})
-            action = outputs[0][0]
-            if not np.isfinite(outputs[1]).all():
+            action, raw = self._run(self._observer(view.state))
+            if not (np.isfinite(raw).all() and np.isfinite(action).all()):
                 return self._fall_back(view, "not finite")
+            numbers = self._dials(action, raw, view) if self._kind == "grid" else np.clip(action, -1.0, 1.0)
             if self.time_limit_s is not None and time.perf_counter() - began > self.time_limit_s:
                 return self._fall_back(view, "too late")
         except Exception as error:  # whatever a foreign file does, the engine goes on
             return self._fall_back(view, type(error).__name__)
         if self._kind == "scores":
-            set_scores(view.state, np.clip(action, -1.0, 1.0), view.slo.tpot_s)
+            set_scores(view.state, numbers, view.slo.tpot_s)
         else:
-            dials = np.array(actions.GRID[int(action)], np.float32) if self._kind == "grid" else action
-            set_dials(view.state, np.clip(dials, -1.0, 1.0), view.slo.tpot_s, *self._orders)
+            set_dials(view.state, numbers, view.slo.tpot_s, self._immediate_order, self._deferred_order)
         return view.state.decision[0]
+
+    def _dials(self, choice: np.ndarray, raw: np.ndarray, view: View) -> np.ndarray:
+        """The dials of the network's choice; an agent that learned under masks never had to choose what they hide."""
+        if self._masked and view.state.classes["running"][DEFERRED] == 0:
+            raw[actions.PREEMPTS] = -np.inf
+            choice = np.asarray(raw.argmax())
+        return np.array(actions.GRID[int(choice)], np.float32)
 
     def _fall_back(self, view: View, reason: str) -> np.ndarray:
         self.failures[reason] = self.failures.get(reason, 0) + 1
@@ -93,8 +121,8 @@ class LearnedPolicy:
         return self.fallback.decide(view)
 
 
-def load_policy(path: str | Path, fallback: str = "hygen") -> LearnedPolicy:
-    """The policy in an ONNX file; raises UserError where it is missing, damaged or of another schema."""
+def load_policy(path: str | Path, fallback: str = FALLBACK) -> LearnedPolicy:
+    """The policy in an ONNX file; see `LearnedPolicy`."""
     return LearnedPolicy(Path(path), fallback)
 
 
@@ -108,8 +136,7 @@ def _open(path: Path) -> tuple[onnxruntime.InferenceSession, dict[str, Any]]:
     try:
         session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        reason = str(error).split("\n")[0][:120]
-        raise UserError(f"Policy {path} is not a readable ONNX file ({reason}); export it anew.") from None
+        raise UserError(f"Policy {path} is not a readable ONNX file ({_first_line(error)}); export it anew.") from None
     properties = session.get_modelmeta().custom_metadata_map
     known = {"format": FORMAT, "observation_schema": observation.SCHEMA, "action_schema": actions.SCHEMA}
     for key, value in known.items():
@@ -123,3 +150,7 @@ def _open(path: Path) -> tuple[onnxruntime.InferenceSession, dict[str, Any]]:
             except json.JSONDecodeError:
                 raise UserError(f"Policy {path} has unreadable metadata {key}; export it anew.") from None
     return session, metadata
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0][:120]

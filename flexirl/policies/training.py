@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sb3_contrib import MaskablePPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from tqdm import tqdm
@@ -22,12 +23,14 @@ FIGURES = ("revenue_per_s", "immediate_attainment", "deferred_tokens_per_s", "pr
 def validate(agent: BaseAlgorithm, fleet: Fleet, seed: int) -> dict[str, float]:
     """Mean figures of the agent's deterministic policy over one episode of every member."""
     observations = fleet.reset(seed)
+    masked = isinstance(agent, MaskablePPO)
     memory: Any = None
     over = np.zeros(fleet.members, bool)
     began = np.ones(fleet.members, bool)
     total = np.zeros(fleet.members)
     while not over.all():
-        action, memory = agent.predict(observations, state=memory, episode_start=began, deterministic=True)
+        masks: dict[str, Any] = {"action_masks": fleet.action_masks()} if masked else {}
+        action, memory = agent.predict(observations, state=memory, episode_start=began, deterministic=True, **masks)
         observations, rewards, over = fleet.step(action)
         total += rewards
         began[:] = False
@@ -87,7 +90,7 @@ class Training(BaseCallback):
         taken = buffer.actions if buffer is not None else self._actions
         writer = self._tensorboard()
         if writer is not None and taken is not None:
-            numbers = np.asarray(taken, np.float32).reshape(-1, np.shape(taken)[-1])
+            numbers = np.asarray(taken, np.float32).reshape(-1, int(np.prod(self.model.action_space.shape or 1)))
             names = [dial.name for dial in DIALS] if numbers.shape[1] == len(DIALS) else None
             for i in range(numbers.shape[1]):
                 writer.add_histogram(f"action/{names[i] if names else i}", numbers[:, i], self.num_timesteps)
@@ -99,7 +102,7 @@ class Training(BaseCallback):
         writer = self._tensorboard()
         if writer is not None:
             writer.add_hparams(
-                {"agent": type(self.model).__name__, "gamma": float(self.model.gamma), "seed": self._seed},
+                {"agent": type(self.model).__name__, "gamma": self.model.__dict__["gamma"], "seed": self._seed},
                 {"validation/best_revenue_per_s": self.best},
             )
 

@@ -214,11 +214,11 @@ def _set_targets(state: State) -> None:
         state.requests, state.running, scheduler.running, state.engine[0], scheduler.now_s
     )
     if decision.immediate_slack > 0:
-        target_s = decision.immediate_slack * slack_s - decodes_s
+        target_s = decision.immediate_slack * slack_s - decision.deferred_decodes * decodes_s
         scheduler.immediate_target_s = min(scheduler.immediate_target_s, target_s)
     if decision.deferred_slack > 0:
         scheduler.deferred_target_s = min(scheduler.deferred_target_s, decision.deferred_slack * slack_s)
-        scheduler.deferred_floor = max(scheduler.deferred_floor, decodes)
+        scheduler.deferred_floor = max(scheduler.deferred_floor, int(decision.deferred_decodes * decodes))
 
 
 @nb.njit(cache=True)
@@ -499,7 +499,7 @@ def _admit_waiting(state: State, immediate: bool, deferred: bool) -> None:
         request = state.requests[r]
         if request.request_class == DEFERRED and scheduler.now_s > request.deadline_s:
             _end_waiting(state, r, EXPIRED)
-        elif state.decision[0].relegate and request.relegated == 0 and _hopeless(state, r):
+        elif state.decision[0].relegate > 0 and request.relegated == 0 and _hopeless(state, r):
             remove(state, r)
             request.relegated = 1
             push(state, r)
@@ -521,7 +521,7 @@ def _next(state: State, immediate: bool, deferred: bool) -> int:
 
 @nb.njit(cache=True)
 def _hopeless(state: State, r: int) -> bool:
-    """True if an immediate request would miss its first token even if it ran alone from now on."""
+    """True if an immediate request is to be given up: see `relegate` in `DECISION`."""
     engine, request = state.engine[0], state.requests[r]
     if request.request_class != IMMEDIATE or request.generated > 0:
         return False
@@ -531,7 +531,7 @@ def _hopeless(state: State, r: int) -> bool:
     slope = prefill_slope(engine)
     alone_s = slope * tokens + engine.per_chunk_context_s * tokens * (start + 0.5 * tokens)
     alone_s += engine.per_image_token_s * image_tokens_of_chunk(request, start, owed)
-    return state.scheduler[0].now_s + alone_s > request.ttft_deadline_s
+    return state.scheduler[0].now_s + state.decision[0].relegate * alone_s > request.ttft_deadline_s
 
 
 @nb.njit(cache=True)

@@ -146,14 +146,17 @@ DECISION = np.dtype(
         ("victim", "i4"),
         ("preemption", "i4"),
         ("preempt_for_immediate", "i4"),  # 1: a waiting immediate request may take memory and seats from deferred ones
-        ("relegate", "i4"),  # 1: immediate requests that will miss their first token go behind the others
         ("token_budget", "i4"),  # tokens per iteration, at most the engine's
         ("preempt_count", "i4"),  # deferred requests to preempt now; above 0, none is admitted until the next decision
         ("deferred_token_floor", "i4"),  # tokens per iteration that deferred work gets whatever its step target
+        # Immediate requests go behind all others if this many times their prefill, run alone, would make their first
+        # token late; 1 is those that cannot be saved, more gives up earlier, 0 never.
+        ("relegate", "f8"),
         ("immediate_step_s", "f8"),  # prefill chunks of immediate requests keep the predicted step below this
         ("deferred_step_s", "f8"),  # deferred tokens join while the predicted step stays below this
         ("immediate_slack", "f8"),  # the same, as a share of the least slack of immediate decodes; 0: does not apply
-        ("deferred_slack", "f8"),  # likewise; deferred decodes run all the same, and their time is set aside
+        ("deferred_slack", "f8"),  # likewise for deferred work
+        ("deferred_decodes", "f8"),  # share of deferred decodes that run all the same, their time being set aside
         ("deferred_kv_share", "f8"),  # no NEW deferred request is admitted above this share of the cache
         ("reserve_ratio", "f8"),  # memory kept for running requests: this share of the output they may still make
         ("reserve_new_ratio", "f8"),  # the same for the request to be admitted

@@ -220,7 +220,7 @@ def _is_steady(state: State) -> bool:
         return True
     fair = state.classes[IMMEDIATE].order == FAIR or state.classes[DEFERRED].order == FAIR
     by_slack = decision.immediate_slack > 0 or decision.deferred_slack > 0
-    return not fair and not by_slack and not (decision.relegate and state.classes[IMMEDIATE].waiting > 0)
+    return not fair and not by_slack and not (decision.relegate > 0 and state.classes[IMMEDIATE].waiting > 0)
 
 
 @nb.njit(cache=True)

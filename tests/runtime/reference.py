@@ -169,6 +169,8 @@ class Reference:
         self.batch = Batch()
         self.evicted: list[Request] = []  # in the current iteration
         self.decision: dict[str, Any] = {}
+        self.targets_s: dict[bool, float] = {}  # by whether the work may wait
+        self.floor = 0
         self.orders: list[tuple[int, float, float]] = [(ARRIVAL, 0.0, 0.0)] * 2  # order, weight, expected output
         self.fastest_step_s = (
             self.engine["base_s"] + self.engine["host_s"] + self.engine["per_token_s"] + self.engine["per_sequence_s"]
@@ -241,6 +243,7 @@ class Reference:
         """Chooses the iteration."""
         self.batch = Batch(swap_tokens=self.batch.swap_tokens)
         self.evicted = []
+        self.set_targets()
         phases = [(True, False), (False, True)] if self.decision["discipline"] == CLASSES else [(True, True)]
         for immediate, deferred in phases:
             self.run_on(immediate, deferred)
@@ -266,20 +269,46 @@ class Reference:
                 tokens = self.chunk(request, request.computed)
             else:
                 step_s = self.step_s([*self.batch.chunks, (request, 1)])
-                may = not request.waits or step_s <= self.decision["deferred_step_s"] or self.floor_left() > 0
+                may = not request.waits or step_s <= self.targets_s[True] or self.floor_left() > 0
                 tokens = 1 if may else 0
             if tokens > 0 and self.grow(request, request.computed + tokens):
                 self.batch.add(request, tokens)
 
+    def set_targets(self) -> None:
+        """Turns step targets and shares of slack into this iteration's targets."""
+        decision = self.decision
+        self.targets_s = {False: decision["immediate_step_s"], True: decision["deferred_step_s"]}
+        self.floor = decision["deferred_token_floor"]
+        decoding = [request for request in self.running if request.owed == 1 and request.generated > 0]
+        slacks_s = [
+            request.first_token_s + request.generated * request.row["tpot_slo_s"] - self.now_s
+            for request in decoding
+            if not request.waits and not request.missed
+        ]
+        slack_s = max(min(slacks_s, default=NEVER), 0.0)
+        aside = [request for request in decoding if request.waits]
+        if decision["immediate_slack"] > 0:
+            each_s = self.slope_s() + self.engine["per_sequence_s"]
+            per_context_s = self.engine["per_context_s"] + self.engine["per_mixed_context_s"]
+            aside_s = sum(each_s + (request.computed + 1) * per_context_s for request in aside)
+            self.targets_s[False] = min(self.targets_s[False], decision["immediate_slack"] * slack_s - aside_s)
+        if decision["deferred_slack"] > 0:
+            self.targets_s[True] = min(self.targets_s[True], decision["deferred_slack"] * slack_s)
+            self.floor = max(self.floor, len(aside))
+
+    def slope_s(self) -> float:
+        """Seconds that one more prefill token adds to a large iteration."""
+        return float(sum(self.engine[name] for name in ("per_token_s", *(f"per_token_{h}_s" for h in (64, 128, 256)))))
+
     def floor_left(self) -> int:
         """Tokens that work that may wait gets yet, whatever its step target."""
         given = sum(tokens for request, tokens in self.batch.chunks if request.waits)
-        return max(self.decision["deferred_token_floor"] - given, 0)
+        return max(self.floor - given, 0)
 
     def chunk(self, request: Request, start: int) -> int:
         """Tokens to prefill from `start`."""
         limit = min(request.sequence - start, self.budget)
-        target_s = self.decision["deferred_step_s" if request.waits else "immediate_step_s"]
+        target_s = self.targets_s[request.waits]
         computed, request.computed = request.computed, start
         tokens = limit
         while tokens > 0 and self.step_s([*self.batch.chunks, (request, tokens)]) > target_s:
@@ -340,8 +369,7 @@ class Reference:
         if mode == RECOMPUTE or tokens == 0 or request.kv_blocks > self.host_free:
             return False
         if mode == CHEAPER:
-            slope = sum(engine[name] for name in ("per_token_s", *(f"per_token_{h}_s" for h in (64, 128, 256))))
-            again_s = slope * tokens + engine["per_chunk_context_s"] * tokens * tokens / 2
+            again_s = self.slope_s() * tokens + engine["per_chunk_context_s"] * tokens * tokens / 2
             again_s += engine["per_image_token_s"] * min(tokens, request.row["image_tokens"])
             return 2 * tokens * engine["per_swap_token_s"] < again_s
         return True
@@ -368,9 +396,9 @@ class Reference:
         heads = [self.head(request_class) for request_class in (IMMEDIATE, DEFERRED)]
         if self.decision["discipline"] != ONE_QUEUE:
             first, second = heads
-            if first is not None and (deferred if first.relegated else immediate):
-                return first
-            return second if deferred else None
+            if first is not None and not first.relegated:
+                return first if immediate else None
+            return (second or first) if deferred else None
         both = [request for request in heads if request is not None]
         fair = self.orders[IMMEDIATE][0] == FAIR
         return min(both, key=lambda r: (self.service[r.tenant] if fair else 0, self.key(r)), default=None)
@@ -409,7 +437,7 @@ class Reference:
             return False
         engine, start = self.engine, self.reusable(request)
         tokens = request.prompt - start
-        alone_s = sum(engine[name] for name in ("per_token_s", *(f"per_token_{h}_s" for h in (64, 128, 256)))) * tokens
+        alone_s = self.slope_s() * tokens
         alone_s += engine["per_chunk_context_s"] * (tokens * start + tokens * tokens / 2)
         alone_s += engine["per_image_token_s"] * request.images_in(start, tokens)
         return self.now_s + alone_s > request.first_due_s

@@ -99,6 +99,8 @@ def decisions(draw: st.DrawFn, preempt: bool = True) -> dict[str, float]:
         "deferred_token_floor": draw(st.sampled_from((0, 0, 1, 4))),
         "immediate_step_s": draw(target_s),
         "deferred_step_s": draw(target_s),
+        "immediate_slack": draw(st.sampled_from((0.0, 0.0, 0.5, 1.0))),
+        "deferred_slack": draw(st.sampled_from((0.0, 0.0, 0.5, 1.0))),
         "deferred_kv_share": draw(st.sampled_from((1.0, 1.0, 0.5, 0.0))),
         "reserve_ratio": draw(share),
         "reserve_new_ratio": draw(share),
@@ -201,10 +203,16 @@ def long_traces(draw: st.DrawFn) -> Trace:
     return toy_trace(*several)
 
 
+# Targets of the last iteration planned: the next plan sets them anew, and an iteration fast-forwarded has no plan.
+OF_ONE_PLAN = ("immediate_target_s", "deferred_target_s", "deferred_floor")
+
+
 def assert_equal_states(one: State, other: State) -> None:
     """Asserts that all arrays agree in every bit."""
     for name, mine, theirs in zip(State._fields, one, other, strict=True):
         for column in mine.dtype.names or (None,):
+            if column in OF_ONE_PLAN:
+                continue
             a, b = (mine, theirs) if column is None else (mine[column], theirs[column])
             assert np.array_equal(a, b), f"{name}.{column}"
 

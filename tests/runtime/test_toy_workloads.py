@@ -190,6 +190,28 @@ def test_deferred_request_expires_waiting() -> None:
     assert run.total("lost") == 1 and run.total("void_prompt") == 0
 
 
+def test_deferred_request_expires_waiting_while_others_decode() -> None:
+    trace = toy_trace(immediate(0, 4, 24), deferred(0, 4, 2, window_s=100 * TICK_S))
+    run = ToyRun(toy_engine(), trace, deferred_kv_share=0.0)
+    run.advance(1.0)
+    assert run["status"] == [FINISHED, EXPIRED]
+    assert in_ticks(run["finish_s"]) == [20 + 23 * 17, 20 + 5 * 17]  # with the first iteration after its window
+
+
+def test_slack_of_the_decodes_sizes_the_chunks() -> None:
+    """The decode's next token is due 50 ticks after its first; the iteration may take half of what is left."""
+    several = (immediate(0, 4, 9, tpot_slo_s=50 * TICK_S), deferred(TICK_S, 24, 1))
+    run = ToyRun(toy_engine(), toy_trace(*several), deferred_slack=0.5)
+    run.advance(iterations=2)
+    assert run["computed"] == [5, 25 - 17]  # from 20 to 45
+    run.advance(iterations=1)
+    assert run["computed"] == [6, 24]  # due at 120: (120 - 45) / 2 = 37 and 16 tokens owed fit
+    both = (several[0], immediate(TICK_S, 200, 1))
+    large = ToyRun(toy_engine(**large_engine()), toy_trace(*both), immediate_slack=2.0)
+    large.advance(iterations=2)
+    assert large["computed"] == [5, 2 * 50 - 17]
+
+
 def test_deferred_request_expires_running() -> None:
     run = ToyRun(toy_engine(), toy_trace(deferred(0, 4, 8, window_s=60 * TICK_S)))
     run.advance(1.0)

@@ -72,6 +72,7 @@ class QoServe(Heuristic):
         # Each iteration is sized by the slack at its start; deferred decodes run all the same.
         decision["immediate_slack"] = self.slack_used
         decision["deferred_slack"] = self.slack_used
+        decision["deferred_decodes"] = 1.0
 
     def decide(self, view: View) -> np.ndarray:
         """Lets the more urgent class go first."""

@@ -48,7 +48,12 @@ def held_out_task(config: DictConfig, task: Task) -> Task:
     if path is None:
         return task
     changed = OmegaConf.merge(config, {"workload": {"path": path}})
-    return load_task(changed)  # type: ignore[arg-type]
+    held_out = load_task(changed)  # type: ignore[arg-type]
+    duration_s = held_out.scenario.duration_s
+    if duration_s is not None and held_out.scenario.immediate.length_s(None, held_out.service_time_s) < duration_s:
+        # Too short for a window of that length: all of it.
+        held_out = replace(held_out, scenario=replace(held_out.scenario, duration_s=None))
+    return held_out
 
 
 def load_agent(config: DictConfig, env: BatchingVecEnv, log_folder: Path, seed: int) -> BaseAlgorithm:

@@ -23,7 +23,7 @@ from flexirl.runtime.accounts import Prices
 from flexirl.runtime.capacity import ServiceTime
 from flexirl.runtime.engine import EngineProfile
 from flexirl.runtime.simulation import promises_by_due_time
-from flexirl.runtime.state import State, new_states
+from flexirl.runtime.state import CLASS, State, new_states
 from flexirl.runtime.step_time import BATCH
 from flexirl.workloads.scenario import SLO, Scenario
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE, TRACE_ROW, Trace
@@ -37,6 +37,7 @@ MEMBER = np.dtype(  # what an episode needs beside the engine's own state
         ("steps", "i8"),
         ("rows", "i8"),  # rows of its trace
         ("duration_s", "f8"),
+        ("measured_from_s", "f8"),  # end of the warm-up; 0 until then
         ("deferred_value", "f8"),  # credited so far
         ("lost_value", "f8"),
     ],
@@ -124,6 +125,7 @@ class Fleet:
         self._memory = np.zeros(self.members, MEMORY)
         self._batches = np.zeros(self.members, BATCH)
         self._member = np.zeros(self.members, MEMBER)
+        self._warm = np.zeros((self.members, 2), CLASS)  # totals at the end of the warm-up
 
     def _trace(self, number: int) -> tuple[Trace, np.ndarray]:
         if number not in self._drawn:
@@ -161,6 +163,7 @@ class Fleet:
             self._member[m]["rows"] = len(trace)
             self._member[m]["duration_s"] = share * self.duration_s
             self._memory[m] = np.zeros((), MEMORY)
+            self._warm[m] = np.zeros((), CLASS)
             entropy = [self._seed, int(self._episode[group]), m]
             noise_seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
             _start_member(
@@ -170,13 +173,13 @@ class Fleet:
 
     def _grow(self, max_requests: int, num_tenants: int) -> None:
         """Makes room for a longer trace in the middle of other members' episodes."""
-        old = (self._states, self._traces, self._memory, self._member)
+        old = (self._states, self._traces, self._memory, self._member, self._warm)
         self._allocate(max(int(1.1 * max_requests), old[1].shape[1]), max(num_tenants, old[0].tenants.shape[1]))
         for new_array, old_array in zip(self._states, old[0], strict=True):
             new_array[tuple(slice(n) for n in old_array.shape)] = old_array
         self._states.lanes[:, :, old[0].lanes.shape[2] :] = -1
         self._traces[:, : old[1].shape[1]] = old[1]
-        self._memory[:], self._member[:] = old[2], old[3]
+        self._memory[:], self._member[:], self._warm[:] = old[2:]
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One decision interval of every member: observations, rewards (float32) and whose episode is over (bool).
@@ -202,6 +205,11 @@ class Fleet:
             run(self._shares[0])
         else:
             list(self._pool.map(run, self._shares))
+        now_s = self._states.scheduler["now_s"][:, 0]
+        warm = (self._member["measured_from_s"] == 0) & (now_s >= self.task.scenario.warmup_s)
+        if warm.any():
+            self._warm[warm] = self._states.classes[warm]
+            self._member["measured_from_s"][warm] = now_s[warm]
         # By steps, not by the clock: a long iteration takes one member past the end before the others of its group.
         over = self._member["steps"] * self.task.interval_s >= self._member["duration_s"] - 1e-9
         return self.observations, self.rewards, over
@@ -223,18 +231,26 @@ class Fleet:
         return State(*(array[member] for array in self._states))
 
     def episode_figures(self, member: int) -> dict[str, float]:
-        """What the member's episode has come to so far: revenue, attainment, deferred throughput, preemptions."""
-        classes = self._states.classes[member]
+        """Revenue, attainment, deferred throughput and preemptions since the warm-up of the member's episode.
+
+        Attainment counts the promises decided since then, not those of the requests that arrived since then.
+        """
         prices = self.task.prices
-        elapsed_s = max(float(self._states.scheduler["now_s"][member, 0]), 1e-9)
-        kept = prices.prompt * classes["kept_prompt"] + prices.output * classes["kept_output"]
-        decided = classes["kept"][IMMEDIATE] + classes["lost"][IMMEDIATE]
-        done = classes["prompt_done"][DEFERRED] + classes["output_done"][DEFERRED]
+        now_s = float(self._states.scheduler["now_s"][member, 0])
+        elapsed_s = max(now_s - float(self._member["measured_from_s"][member]), 1e-9)
+
+        def since(name: str) -> np.ndarray:
+            return self._states.classes[member][name] - self._warm[member][name]
+
+        kept = prices.prompt * since("kept_prompt") + prices.output * since("kept_output")
+        immediate_kept, immediate_lost = since("kept")[IMMEDIATE], since("lost")[IMMEDIATE]
+        decided = immediate_kept + immediate_lost
+        done = since("prompt_done")[DEFERRED] + since("output_done")[DEFERRED]
         return {
             "revenue_per_s": float(kept[IMMEDIATE] + prices.deferred * kept[DEFERRED]) / elapsed_s,
-            "immediate_attainment": float(classes["kept"][IMMEDIATE] / decided) if decided else 1.0,
+            "immediate_attainment": float(immediate_kept / decided) if decided else 1.0,
             "deferred_tokens_per_s": float(done) / elapsed_s,
-            "preemptions_per_s": float(classes["preemptions"].sum()) / elapsed_s,
+            "preemptions_per_s": float(since("preemptions").sum()) / elapsed_s,
         }
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ _LOGGED_FAILURES = 3
 
 
 # The fallback must be ready at once, without a search, and hold for a whole interval when it is asked but once in it.
-FALLBACK = "conserve"
+FALLBACK = "qoserve"
 
 
 class LearnedPolicy:

@@ -97,6 +97,7 @@ class Training(BaseCallback):
 
     def _on_training_end(self) -> None:
         self._validate()
+        self.logger.dump(self.num_timesteps)  # nothing else would, after the last rollout
         self._progress.update(self.num_timesteps - self._progress.n)
         self._progress.close()
         writer = self._tensorboard()

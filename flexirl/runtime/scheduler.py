@@ -513,10 +513,13 @@ def _next(state: State, immediate: bool, deferred: bool) -> int:
     if state.decision[0].discipline == ONE_QUEUE:
         return merged_head(state)
     first = head(state, IMMEDIATE)
-    if first != NONE and not state.requests[first].relegated:
-        return first if immediate else NONE
+    urgent = first != NONE and not state.requests[first].relegated
+    if urgent and immediate:
+        return first
+    if not deferred:
+        return NONE
     second = head(state, DEFERRED)
-    return (second if second != NONE else first) if deferred else NONE
+    return second if second != NONE or urgent else first
 
 
 @nb.njit(cache=True)

@@ -291,10 +291,12 @@ class Reference:
             each_s = self.slope_s() + self.engine["per_sequence_s"]
             per_context_s = self.engine["per_context_s"] + self.engine["per_mixed_context_s"]
             aside_s = sum(each_s + (request.computed + 1) * per_context_s for request in aside)
-            self.targets_s[False] = min(self.targets_s[False], decision["immediate_slack"] * slack_s - aside_s)
+            self.targets_s[False] = min(
+                self.targets_s[False], decision["immediate_slack"] * slack_s - decision["deferred_decodes"] * aside_s
+            )
         if decision["deferred_slack"] > 0:
             self.targets_s[True] = min(self.targets_s[True], decision["deferred_slack"] * slack_s)
-            self.floor = max(self.floor, len(aside))
+            self.floor = max(self.floor, int(decision["deferred_decodes"] * len(aside)))
 
     def slope_s(self) -> float:
         """Seconds that one more prefill token adds to a large iteration."""
@@ -397,7 +399,9 @@ class Reference:
         if self.decision["discipline"] != ONE_QUEUE:
             first, second = heads
             if first is not None and not first.relegated:
-                return first if immediate else None
+                if immediate:
+                    return first
+                first = None
             return (second or first) if deferred else None
         both = [request for request in heads if request is not None]
         fair = self.orders[IMMEDIATE][0] == FAIR
@@ -432,7 +436,7 @@ class Reference:
         return request.relegated, min(value, LATEST_KEY), request.number
 
     def hopeless(self, request: Request) -> bool:
-        """Whether its first token would be late even if it ran alone."""
+        """Whether its first token would be late if its prefill, run alone, took `relegate` times as long as it does."""
         if request.deferred or request.generated > 0:
             return False
         engine, start = self.engine, self.reusable(request)
@@ -440,7 +444,7 @@ class Reference:
         alone_s = self.slope_s() * tokens
         alone_s += engine["per_chunk_context_s"] * (tokens * start + tokens * tokens / 2)
         alone_s += engine["per_image_token_s"] * request.images_in(start, tokens)
-        return self.now_s + alone_s > request.first_due_s
+        return self.now_s + self.decision["relegate"] * alone_s > request.first_due_s
 
     def admit(self, request: Request) -> bool:
         """Admits a waiting request if it may join now."""

@@ -298,7 +298,7 @@ def _step_members(
 def _reward(state, member, promise, reward, began_s, interval_s):
     immediate, deferred = state.classes[IMMEDIATE], state.classes[DEFERRED]
     deferred_value = reward.deferred_discount * (
-        reward.prompt_price * (deferred.prompt_done - deferred.void_prompt)
+        reward.prompt_price * (deferred.paced_prompt - deferred.void_paced)
         + reward.output_price * (deferred.output_done - deferred.void_output)
     )
     lost_value = reward.prompt_price * immediate.lost_prompt + reward.output_price * immediate.lost_output

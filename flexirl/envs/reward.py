@@ -1,8 +1,9 @@
 """Rewards: what the agent is paid each interval, as weights over events that cannot be moved in time.
 
 Revenue is booked when a request completes, but paying it then would reward whoever brings completions forward. So
-deferred tokens are credited as they are made (and taken back if their window closes), and an immediate request costs
-its price at the moment its promise can no longer be kept. The undiscounted sum is then the revenue less a constant.
+deferred output tokens are credited as they are made, their prompt in step with them (crediting prefill at once would
+reward whoever starts much and finishes little), and taken back if their window closes; an immediate request costs its
+price at the moment its promise can no longer be kept. The undiscounted sum is then the revenue less a constant.
 """
 
 from __future__ import annotations

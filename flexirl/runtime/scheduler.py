@@ -139,8 +139,11 @@ def commit(state: State, elapsed_s: float) -> None:
                 _book_prompt(state, r)
             if request.computed == request.prompt_tokens + request.generated:
                 group = state.classes[request.request_class]
+                paced = paced_prompt(request) if request.request_class == DEFERRED else 0
                 request.generated += 1
                 group.output_done += 1
+                if request.request_class == DEFERRED:
+                    group.paced_prompt += paced_prompt(request) - paced
                 state.tenants[request.tenant].service += OUTPUT_SERVICE
                 if request.generated == 1:
                     _first_token(state, r, now_s)
@@ -243,6 +246,12 @@ def decode_slack(requests, running, count: int, engine, now_s: float) -> tuple[f
     per_decode_s = prefill_slope(engine) + engine.per_sequence_s
     decodes_s = decodes * per_decode_s + context * (engine.per_context_s + engine.per_mixed_context_s)
     return max(slack_s, 0.0), decodes_s, decodes
+
+
+@nb.njit(cache=True, inline="always")
+def paced_prompt(request) -> int:
+    """Prompt tokens that count as paid for by the output so far: in step with it, and all of them at its end."""
+    return np.int64(request.prompt_tokens) * request.generated // request.output_tokens
 
 
 # ---------------------------------------------------------------------------------------------- running requests
@@ -762,6 +771,7 @@ def _book_end(state: State, r: int, now_s: float) -> None:
         _book_loss(state, r)
     if request.missed == 1:
         group.void_prompt += request.furthest
+        group.void_paced += paced_prompt(request) if request.request_class == DEFERRED else 0
         group.void_output += request.generated
     else:
         group.kept += 1

@@ -80,11 +80,13 @@ CLASS = np.dtype(  # one record per request class
         ("preemptions", "i8"),
         ("prompt_done", "i8"),  # prompt tokens computed for the first time
         ("output_done", "i8"),  # output tokens produced
+        ("paced_prompt", "i8"),  # of deferred requests: prompt tokens counted in step with the output tokens produced
         ("kept_prompt", "i8"),  # tokens of requests finished with their promise kept
         ("kept_output", "i8"),
         ("lost_prompt", "i8"),  # tokens of requests whose promise broke
         ("lost_output", "i8"),
-        ("void_prompt", "i8"),  # of prompt_done and output_done, those of requests whose promise broke
+        ("void_prompt", "i8"),  # of prompt_done, paced_prompt and output_done, those of requests whose promise broke
+        ("void_paced", "i8"),
         ("void_output", "i8"),
         ("kept", "i8"),
         ("lost", "i8"),
@@ -132,7 +134,7 @@ ARRIVAL, DEADLINE, SHORTEST, FAIR, SCORE = range(5)
 # ahead of deferred. CLASSES: all immediate work, then deferred work in what is left.
 ONE_QUEUE, PRIORITY, CLASSES = range(3)
 # Victims. LAST: the newest in the running batch. NEWEST: latest arrival. LEAST_OUTPUT: fewest output tokens, then
-# longest prompt. LOWEST_SCORE. All but LAST take deferred requests before immediate ones.
+# longest prompt. LOWEST_SCORE. All take deferred requests before immediate ones, but for LAST in one queue.
 LAST, NEWEST, LEAST_OUTPUT, LOWEST_SCORE = range(4)
 # Preemption modes.
 CHEAPER, RECOMPUTE, SWAP = range(3)
@@ -157,8 +159,8 @@ DECISION = np.dtype(
         ("immediate_slack", "f8"),  # the same, as a share of the least slack of immediate decodes; 0: does not apply
         ("deferred_slack", "f8"),  # likewise for deferred work
         ("deferred_decodes", "f8"),  # share of deferred decodes that run all the same, their time being set aside
-        ("deferred_kv_share", "f8"),  # no NEW deferred request is admitted above this share of the cache
-        ("reserve_ratio", "f8"),  # memory kept for running requests: this share of the output they may still make
+        ("deferred_kv_share", "f8"),  # no deferred request is admitted above this share of the cache
+        ("reserve_ratio", "f8"),  # memory kept for running requests: this share (at most 1) of the output they may make
         ("reserve_new_ratio", "f8"),  # the same for the request to be admitted
         ("reserve_clip", "f8"),  # output tokens counted per request at most
         ("order_weight_s", "f8"),  # seconds per remaining token in the DEADLINE order

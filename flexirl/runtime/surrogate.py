@@ -17,6 +17,7 @@ from flexirl.runtime.scheduler import (
     best_effort,
     commit,
     itl_bin,
+    paced_prompt,
     plan,
     seats_taken,
     settle,
@@ -90,11 +91,13 @@ def _clear_records(state: State) -> None:
         group.preemptions = 0
         group.prompt_done = 0
         group.output_done = 0
+        group.paced_prompt = 0
         group.kept_prompt = 0
         group.kept_output = 0
         group.lost_prompt = 0
         group.lost_output = 0
         group.void_prompt = 0
+        group.void_paced = 0
         group.void_output = 0
         group.kept = 0
         group.lost = 0
@@ -290,9 +293,13 @@ def _book_decodes(state: State, done: int) -> None:
         need = blocks_for(request.computed + done, state.engine[0].block_size) - request.kv_blocks
         if need > 0:
             allocate(state, r, need)
+        paced = paced_prompt(request) if request.request_class == DEFERRED else 0
         request.computed += done
         request.generated += done
         request.last_token_s = scheduler.now_s
-        state.classes[request.request_class].output_done += done
+        group = state.classes[request.request_class]
+        group.output_done += done
+        if request.request_class == DEFERRED:
+            group.paced_prompt += paced_prompt(request) - paced
         state.tenants[request.tenant].service += OUTPUT_SERVICE * done
     settle(state)

@@ -40,7 +40,7 @@ class Requests:
     def draw(self, duration_s: float | None, service_time_s: ServiceTime, rngs: Rngs) -> np.ndarray:
         """Rows sorted by arrival."""
         rng = np.random.default_rng(3) if self.always_the_same else rngs["arrivals"]
-        rows = empty_rows(int(rng.integers(self.least, self.most + 1)))
+        rows = empty_rows(int(rngs["tenants"].integers(self.least, self.most + 1)))
         rows["arrival_s"] = np.sort(rng.uniform(0, self.within_s, len(rows)))
         rows["prompt_tokens"] = rng.integers(*self.prompts, len(rows), endpoint=True)
         rows["output_tokens"] = rng.integers(*self.outputs, len(rows), endpoint=True)

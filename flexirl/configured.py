@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from flexirl.envs.batching import BatchingEnv
 from flexirl.envs.fleet import Task
@@ -49,6 +49,20 @@ def seed_of(value: object, name: str = "seed") -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise UserError(f"{name}={value} is out of range; a seed is a whole number of 0 or more.")
     return value
+
+
+def count_of(value: object, name: str) -> int:
+    """`value` as a number of things; raises UserError unless it is a whole number of 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{name}={value} is out of range; give a whole number of 1 or more.")
+    return value
+
+
+def names_of(value: object, name: str) -> list[str]:
+    """`value` as a list of names; raises UserError for a single one, whose letters would pass for names."""
+    if not isinstance(value, Sequence | ListConfig) or isinstance(value, str):
+        raise UserError(f"{name}={value} is not a list; write {name}='[{value}]'.")
+    return [str(entry) for entry in value]
 
 
 def load_task(config: DictConfig) -> Task:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig, OmegaConf
 
-from flexirl.configured import load_task, seed_of
-from flexirl.errors import UserError
+from flexirl.configured import count_of, load_task, names_of, seed_of
 from flexirl.evaluation import compare, table, write_leaderboard
 from flexirl.plots import plot_comparison, plot_timeline
 from flexirl.policies.registry import check_names
@@ -15,11 +14,9 @@ from flexirl.program import output_folder, run_program
 def run(config: DictConfig) -> None:
     """Compares, prints and writes; raises UserError for bad configuration."""
     folder = output_folder()
-    names = [str(name) for name in config.policies]
+    names = names_of(config.policies, "policies")
     check_names(names)
-    seeds = seed_of(config.seeds, "seeds")
-    if seeds == 0:
-        raise UserError("seeds=0 compares nothing; give at least 1.")
+    seeds = count_of(config.seeds, "seeds")
     task = load_task(config)
     OmegaConf.save(config, folder / "config.yaml", resolve=True)
     tuning = None

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flexirl.envs.fleet import Task
-from flexirl.policies.heuristics.tuning import tune
+from flexirl.policies.heuristics.tuning import Evaluate, tune
 from flexirl.policies.registry import make_policy
 from flexirl.runtime.policy import Policy
 from flexirl.runtime.simulation import Run, simulate
@@ -34,7 +34,9 @@ class Comparison:
     first_runs: dict[str, Run]
 
 
-def compare(task: Task, names: Sequence[str], seeds: int, tuning_task: Task | None = None, base_seed: int = 0) -> Comparison:
+def compare(
+    task: Task, names: Sequence[str], seeds: int, tuning_task: Task | None = None, base_seed: int = 0
+) -> Comparison:
     """Runs every policy on `seeds` episodes of the task; the anchors always run, since figures refer to them.
 
     tuning_task: where knobs that are searched per scenario are searched; the task itself, on other seeds, by default.
@@ -48,7 +50,7 @@ def compare(task: Task, names: Sequence[str], seeds: int, tuning_task: Task | No
     with tqdm(total=len(policies) * seeds, unit=" runs", desc="comparing", leave=False) as progress:
         for policy in policies:
             progress.set_postfix_str(policy.name)
-            ready = tune(policy, _tuner(tuning_task or task, base_seed), task.slo, base_seed)
+            ready = tune(policy, tuning_evaluator(tuning_task or task, base_seed), task.slo, base_seed)
             for i, trace in enumerate(traces):
                 run = run_policy(ready, task, trace, i)
                 rows.append(
@@ -69,8 +71,9 @@ def run_policy(policy: Policy, task: Task, trace: Trace, seed: int) -> Run:
     if policy.name == "deferred_only":
         trace = Trace(trace.of_class(DEFERRED), trace.name, trace.num_tenants)
     return simulate(
-        policy, task.engine, trace, task.slo, task.duration_s(), task.scenario.warmup_s, task.interval_s, seed, task.prices
-    )
+        policy, task.engine, trace, task.slo, task.duration_s(), task.scenario.warmup_s, task.interval_s, seed,
+        task.prices,
+    )  # fmt: skip
 
 
 def load_of(task: Task, trace: Trace) -> float:
@@ -79,7 +82,8 @@ def load_of(task: Task, trace: Trace) -> float:
     return float(task.service_time_s(rows).sum() / task.duration_s()) if len(rows) else 0.0
 
 
-def _tuner(task: Task, base_seed: int, seeds: int = 3) -> Any:
+def tuning_evaluator(task: Task, base_seed: int, seeds: int = 3) -> Evaluate:
+    """Runs a policy on the tuning episodes of a task and returns its figures, averaged over them."""
     traces: list[Trace] = []
 
     def evaluate(policy: Policy) -> dict[str, float]:
@@ -130,7 +134,7 @@ COLUMNS = (
     ("deferred tok/s", "deferred_tokens_per_s", "{:,.0f}"),
     ("on time", "deferred_on_time", "{:.3f}"),
     ("TTFT p99 s", "ttft_p99_s", "{:.2f}"),
-    ("TPOT p99 ms", "tpot_p99_s", "{:.1f}"),
+    ("TPOT p99 s", "tpot_p99_s", "{:.4f}"),
     ("preempt.", "preemptions", "{:,.0f}"),
     ("KV use", "kv_utilisation", "{:.2f}"),
 )
@@ -140,10 +144,12 @@ def table(rows: Sequence[Row]) -> str:
     """The leaderboard as text, means over seeds."""
     cells = [[title for title, _, _ in COLUMNS]]
     for row in summarise(rows):
-        values = [(row[name] * 1e3 if name == "tpot_p99_s" and row[name] is not None else row[name]) for _, name, _ in COLUMNS]
-        cells.append(["-" if v is None else form.format(v) for v, (_, _, form) in zip(values, COLUMNS, strict=True)])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))) for line in cells]
+        cells.append(["-" if row[name] is None else form.format(row[name]) for _, name, form in COLUMNS])
+    name_width, *widths = (max(map(len, column)) for column in zip(*cells, strict=True))
+    lines = [
+        "  ".join([name.ljust(name_width), *(cell.rjust(width) for cell, width in zip(rest, widths, strict=True))])
+        for name, *rest in cells
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

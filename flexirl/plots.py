@@ -54,7 +54,11 @@ def plot_history(history: Sequence[Mapping[str, float]], path: Path) -> None:
     """Validation figures over training steps; `history` as of `policies.training.Training`."""
     figure = _figure(9, 3.2)
     steps = [row["steps"] for row in history]
-    panels = (("reward", "reward per episode"), ("revenue_per_s", "revenue per s"), ("immediate_attainment", "attainment"))
+    panels = (
+        ("reward", "reward per episode"),
+        ("revenue_per_s", "revenue per s"),
+        ("immediate_attainment", "attainment"),
+    )
     for axes, (name, label) in zip(figure.subplots(1, 3), panels, strict=True):
         axes.plot(steps, [row[name] for row in history], marker="o", markersize=3, color=IMMEDIATE_COLOUR)
         axes.set(xlabel="environment steps", ylabel=label)

@@ -1,4 +1,4 @@
-"""What every program shares: Hydra configuration in, one sentence and exit code 2 where the user got something wrong."""
+"""What every program shares: Hydra configuration in; one sentence and exit code 2 where the user is wrong."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -15,7 +16,6 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from flexirl.errors import UserError
-
 
 _CONF = Path(__file__).resolve().parent / "conf"
 
@@ -52,7 +52,7 @@ def output_folder() -> Path:
     return Path(HydraConfig.get().runtime.output_dir)
 
 
-def _fail(error: Exception) -> None:
+def _fail(error: Exception) -> NoReturn:
     # Hydra's messages span lines and end in places to look that mean nothing to a user.
     message = re.split("Config search path:|See https:", str(error))[0]
     print(f"error: {' '.join(message.split())}", file=sys.stderr)

@@ -11,19 +11,24 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from matplotlib.image import imread
 from omegaconf import DictConfig, OmegaConf
 from stable_baselines3.common.base_class import BaseAlgorithm
+from torch.utils.tensorboard import SummaryWriter
 
-from flexirl.configured import load_task, seed_of
+from flexirl.configured import count_of, load_task, names_of, seed_of
 from flexirl.envs.fleet import Task
 from flexirl.envs.vector import BatchingVecEnv
 from flexirl.errors import UserError
-from flexirl.evaluation import compare, table, write_leaderboard
+from flexirl.evaluation import compare, table, tuning_evaluator, write_leaderboard
 from flexirl.plots import plot_comparison, plot_history, plot_timeline
-from flexirl.policies.agents import ALGORITHMS, make_agent
+from flexirl.policies.agents import ALGORITHMS, make_agent, start_at
 from flexirl.policies.export import export
-from flexirl.policies.registry import check_names
+from flexirl.policies.heuristics.fixed_dials import FixedDials
+from flexirl.policies.heuristics.tuning import tune
+from flexirl.policies.registry import check_names, make_policy
 from flexirl.policies.training import Training
 from flexirl.program import output_folder, run_program
 
@@ -75,20 +80,32 @@ def run(config: DictConfig) -> float:
     """Trains, compares, exports; returns the best validation revenue, so that sweeps can rank runs."""
     folder = output_folder()
     seed = seed_of(config.seed)
-    check_names(config.compare.policies)
+    total_steps = count_of(config.total_steps, "total_steps")
+    every_steps = count_of(config.validation.every_steps, "validation.every_steps")
+    episodes = count_of(config.validation.members, "validation.members")
+    members, group_size, traces = (
+        count_of(config.env[name], f"env.{name}") for name in ("members", "group_size", "traces")
+    )
+    count_of(config.compare.seeds, "compare.seeds")
+    check_names(names_of(config.compare.policies, "compare.policies"))
     task = load_task(config)
     held_out = held_out_task(config, task)
     record_run(config, folder)
     torch.set_num_threads(1)  # these networks are too small to share; waiting threads would rob the engines
-    env = BatchingVecEnv(task, int(config.env.members), int(config.env.group_size), int(config.env.traces), seed)
+    env = BatchingVecEnv(task, members, group_size, traces, seed)
     agent = load_agent(config, env, folder, seed)
+    if config.resume is None and task.action == "dials" and config.agent.warm_start:
+        policy = make_policy("fixed_dials", {"tune": True})
+        tuned = tune(policy, tuning_evaluator(task, seed), task.slo, seed)
+        assert isinstance(tuned, FixedDials)
+        print(f"starting from the best constant dials found: {np.round(tuned.positions, 2).tolist()}")
+        start_at(agent, tuned.positions.tolist())
     watching = Training(
-        held_out, folder, int(config.total_steps), int(config.validation.every_steps), int(config.validation.members),
-        VALIDATION_SEED + seed, bool(config.progress),
-    )  # fmt: skip
+        held_out, folder, total_steps, every_steps, episodes, VALIDATION_SEED + seed, bool(config.progress)
+    )
     print(f"{task.scenario.name} on {task.engine.name}: {task.reward.name} reward optimises {task.reward.optimises}")
     try:
-        agent.learn(int(config.total_steps), callback=watching, reset_num_timesteps=config.resume is None)
+        agent.learn(total_steps, callback=watching, reset_num_timesteps=config.resume is None)
     except KeyboardInterrupt:
         agent.save(folder / "policy.zip")
         print(f"interrupted; go on with resume={folder / 'policy.zip'}")
@@ -105,7 +122,7 @@ def report(
 ) -> None:
     """Exports the agent, compares it, writes tables and pictures."""
     plot_history(watching.history, folder / "reward.png")
-    names = list(config.compare.policies)
+    names = names_of(config.compare.policies, "compare.policies")
     if config.agent.algorithm == "recurrent_ppo":
         print("a recurrent agent is not exported: its memory lives outside the network; policy.zip holds it")
     else:
@@ -122,6 +139,9 @@ def report(
     plot_comparison(comparison.rows, folder / "comparison.png")
     first = next(iter(comparison.first_runs))
     plot_timeline(comparison.first_runs[first].timeline, first, folder / "timeline.png")
+    with SummaryWriter(str(folder)) as tensorboard:
+        for picture in ("reward", "comparison", "timeline"):
+            tensorboard.add_image(picture, imread(folder / f"{picture}.png"), dataformats="HWC")
     print(table(comparison.rows))
     best = json.dumps({"best_validation_revenue_per_s": watching.best, "folder": str(folder)})
     (folder / "summary.json").write_text(best + "\n")

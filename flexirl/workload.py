@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from omegaconf import DictConfig
 
-from flexirl.errors import UserError
+from flexirl.configured import load_engine, load_slo, seed_of
 from flexirl.program import output_folder, run_program
 from flexirl.runtime.capacity import ServiceTime
-from flexirl.configured import load_engine, load_slo, seed_of
 from flexirl.workloads.config import from_config
 from flexirl.workloads.scenario import ServiceTime as ServiceTimeFunction
 from flexirl.workloads.statistics import gap_cv, index_of_dispersion, peak_to_mean

@@ -72,7 +72,8 @@ def folder(tmp_path: Path) -> Path:
         {"input_toks": int(prompt), "output_toks": int(output), "arrival_time": 1e9 + at, "queued_ts": 0.0,
          "first_token_ts": 1.0, "last_token_ts": 2.0}
         for prompt, output, at in zip(
-            random.integers(20, 120, 60), random.integers(2, 60, 60), np.cumsum(random.exponential(0.02, 60)), strict=True
+            random.integers(20, 120, 60), random.integers(2, 60, 60), np.cumsum(random.exponential(0.02, 60)),
+            strict=True,
         )
     ]  # fmt: skip
     write_requests(folder, rows)

@@ -21,7 +21,7 @@ class BatchingEnv(gym.Env[np.ndarray, Any]):
     the scenario's duration. `info` is empty until the end, where it holds the episode's `figures`.
     """
 
-    metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 5}
+    metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 5}  # noqa: RUF012
 
     def __init__(self, task: Task, render_mode: str | None = None) -> None:
         self.task = task
@@ -51,7 +51,7 @@ class BatchingEnv(gym.Env[np.ndarray, Any]):
         """Which choices of the grid can do anything now, for sb3-contrib's MaskablePPO."""
         return self.fleet.action_masks()[0]
 
-    def render(self) -> np.ndarray | None:  # type: ignore[override]
+    def render(self) -> np.ndarray | None:
         """The episode so far as a picture of queues, KV cache and batch: uint8 (height, width, 3), or a window."""
         from flexirl.plots import timeline_figure
 

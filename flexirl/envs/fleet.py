@@ -206,7 +206,8 @@ class Fleet:
         else:
             list(self._pool.map(run, self._shares))
         now_s = self._states.scheduler["now_s"][:, 0]
-        warm = (self._member["measured_from_s"] == 0) & (now_s >= self.task.scenario.warmup_s)
+        warmup_s = self.task.scenario.warmup_s
+        warm = (self._member["measured_from_s"] == 0) & (now_s >= warmup_s) & (warmup_s > 0)
         if warm.any():
             self._warm[warm] = self._states.classes[warm]
             self._member["measured_from_s"][warm] = now_s[warm]

@@ -34,12 +34,12 @@ class BatchingVectorEnv(VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:  # type: ignore[override]
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         """Starts all members anew; without a seed, one is drawn from the environment's own generator."""
         super().reset(seed=seed)
         return self.fleet.reset(_seed(self.np_random) if seed is None else seed).copy(), {}
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:  # type: ignore[override]
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
         """One decision interval of every member."""
         observations, rewards, over = self.fleet.step(actions)
         info: dict[str, Any] = {}
@@ -130,7 +130,7 @@ class BatchingVecEnv(VecEnv):
         """No member is wrapped. Episodes are monitored all the same: infos carry `episode`."""
         return [False] * len(self._chosen(indices))
 
-    def _chosen(self, indices: None | int | Sequence[int]) -> list[int]:
+    def _chosen(self, indices: int | Sequence[int] | None) -> list[int]:
         if indices is None:
             return list(range(self.num_envs))
         return [indices] if isinstance(indices, int) else list(indices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +117,9 @@ def normalise(agent: BaseAlgorithm, env: VecEnv, steps: int = 300) -> None:
     for module in agent.policy.modules():
         if isinstance(module, Normaliser):
             module.set(sample)
+
+
+def start_at(agent: BaseAlgorithm, dials: Sequence[float]) -> None:
+    """Moves an untrained agent of the dials action space to a constant setting, from which it learns."""
+    with torch.no_grad():
+        agent.policy.action_net.bias.copy_(torch.as_tensor(dials, dtype=torch.float32))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,6 @@ class Training(BaseCallback):
         self._episodes: deque[dict[str, float]] = deque(maxlen=200)
         self._rewards: deque[float] = deque(maxlen=200)
         self._next = 0
-        self._seconds = 0.0
         self._actions: np.ndarray | None = None
 
     @property
@@ -108,7 +106,6 @@ class Training(BaseCallback):
             )
 
     def _validate(self) -> None:
-        began = time.perf_counter()
         figures = validate(self.model, self._fleet, self._seed)
         better = figures["revenue_per_s"] > self.best
         self.history.append({"steps": float(self.num_timesteps), **figures})
@@ -118,7 +115,6 @@ class Training(BaseCallback):
         (self.folder / "history.json").write_text(json.dumps(self.history, indent=1) + "\n")
         for name, value in figures.items():
             self.logger.record(f"validation/{name}", value)
-        self._seconds += time.perf_counter() - began
         self._progress.set_postfix_str(
             f"validation revenue {figures['revenue_per_s']:,.0f}/s, attainment {figures['immediate_attainment']:.3f},"
             f" best {self.best:,.0f}/s"

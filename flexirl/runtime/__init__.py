@@ -24,4 +24,4 @@ def _source_digest() -> str:
 
 if "NUMBA_CACHE_DIR" not in os.environ:
     _cache_home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    numba.config.CACHE_DIR = str(_cache_home / "flexirl" / _source_digest())
+    numba.config.CACHE_DIR = str(_cache_home / "flexirl" / _source_digest())  # type: ignore[attr-defined]

@@ -91,13 +91,13 @@ class EngineProfile:
     fit: dict[str, Any]
 
     def replace(self, **changes: float) -> EngineProfile:
-        """A copy with some figures changed; raises UserError for a name that is not one."""
+        """A copy with some figures changed; raises UserError for a name that is not one, or a bad value."""
         values = self.values.copy()
         origin = dict(self.origin)
         for name, value in changes.items():
             if name not in UNITS:
                 raise UserError(f"engine.{name} is not a figure of an engine profile; choose from {', '.join(UNITS)}.")
-            values[name] = value
+            values[name] = _checked(value, name, "engine.")
             origin[name] = "set by the user"
         return EngineProfile(self.name, values, origin, self.fit)
 
@@ -158,7 +158,7 @@ def load_profile(name_or_path: str | Path) -> EngineProfile:
         figure = figures.get(field)
         if not isinstance(figure, dict) or "value" not in figure:
             raise UserError(f"Engine profile {path} has no value for {field}.")
-        values[field] = _checked(figure["value"], field, path)
+        values[field] = _checked(figure["value"], field, f"Engine profile {path}: ")
         origin[field] = str(figure.get("origin", "not stated"))
     unknown = sorted(set(figures) - set(UNITS))
     if unknown:
@@ -168,12 +168,12 @@ def load_profile(name_or_path: str | Path) -> EngineProfile:
     return make_profile(document["name"], values, origin, document.get("fit", {}))
 
 
-def _checked(value: Any, field: str, path: Path) -> float:
+def _checked(value: Any, field: str, place: str) -> float:
     whole = ENGINE[field].kind == "i"
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-        raise UserError(f"Engine profile {path}: {field}={value!r} is not a {'whole ' if whole else ''}number.")
+        raise UserError(f"{place}{field}={value!r} is not a {'whole ' if whole else ''}number.")
     least = 1 if field in AT_LEAST_ONE else 0
     most = 1 if field == "prefix_caching" else np.iinfo("i4").max if whole else np.finfo("f8").max
     if not least <= value <= most:
-        raise UserError(f"Engine profile {path}: {field}={value} is not between {least} and {most}.")
+        raise UserError(f"{place}{field}={value} is not between {least} and {most}.")
     return value

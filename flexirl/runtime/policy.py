@@ -84,5 +84,3 @@ class Policy(Protocol):
     def decide(self, view: View) -> np.ndarray:
         """The decision from now on: a 0-d array of `DECISION`."""
         ...
-
-

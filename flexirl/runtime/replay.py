@@ -155,9 +155,8 @@ def replay(
     refused = np.flatnonzero(requests["status"] != FINISHED)
     if len(refused):
         row = trace.rows[refused[0]]
-        raise UserError(
-            f"{trace.name}: a request of {row['prompt_tokens']} + {row['output_tokens']} tokens does not fit the engine."
-        )
+        tokens = f"{row['prompt_tokens']} + {row['output_tokens']} tokens"
+        raise UserError(f"{trace.name}: a request of {tokens} does not fit the engine.")
     served = Served(queued_s, requests["first_token_s"], requests["finish_s"], requests["output_tokens"])
     return served, np.array(series, dtype=SERIES)
 

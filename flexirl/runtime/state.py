@@ -53,7 +53,7 @@ REQUEST = np.dtype(
         ("right", "i4"),
         ("parent", "i4"),
         ("key", "f8"),
-        ("score", "f8"),  # for the SCORE order; 1 for immediate and 0 for deferred requests until a policy says otherwise
+        ("score", "f8"),  # for the SCORE order; until a policy says otherwise, 1 if immediate and 0 if deferred
         # When it got what.
         ("first_token_s", "f8"),
         ("finish_s", "f8"),

@@ -71,7 +71,7 @@ class Gamma:
     def draw(self, rate_per_s: float, duration_s: float, rng: np.random.Generator) -> Times:
         """See `ArrivalProcess.draw`."""
         shape = self.cv**-2
-        # The gap that covers time 0 is length-biased, x f(x), which for Gamma(k) is Gamma(k + 1); 0 falls anywhere in it.
+        # The gap that covers time 0 is length-biased, x f(x), which for Gamma(k) is Gamma(k + 1); 0 is anywhere in it.
         first = rng.gamma(shape + 1) / shape * rng.random()
         return _renewal(lambda n: rng.gamma(shape, size=n) / shape, first, rate_per_s, duration_s)
 

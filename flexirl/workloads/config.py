@@ -43,7 +43,7 @@ def from_config(config: Node) -> scenario.Scenario:
     elif immediate.get("kind") == "trace":
         immediate |= {"load": load, "path": node.pop("path", None)}
     node["immediate"] = immediate
-    return _object(scenario.Scenario, "workload", node, _SCENARIO)  # type: ignore[no-any-return]
+    return _object(scenario.Scenario, "workload", node, _SCENARIO)
 
 
 def _object(cls: type, place: str, node: Any, nested: Mapping[str, Builder]) -> Any:

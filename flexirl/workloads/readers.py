@@ -38,16 +38,18 @@ def read_trace(path: str | Path, format: str | None = None, seed: int = 0) -> Tr
 
     | format | what it is |
     |---|---|
-    | normalised | CSV: arrival_s, prompt_tokens, output_tokens; optional num_images, image_tokens, client_id (becomes the tenant), prefix_hit_tokens or hash_ids |
+    | normalised | CSV: arrival_s, prompt_tokens, output_tokens; optional columns are named below |
     | azure | Azure LLM inference CSV: TIMESTAMP, ContextTokens, GeneratedTokens |
-    | burstgpt | BurstGPT CSV: Timestamp (s), Request tokens, Response tokens; rows without a response failed and are dropped |
+    | burstgpt | BurstGPT CSV: Timestamp (s), Request tokens, Response tokens; rows without a response are dropped |
     | vidur | Vidur CSV: arrived_at, num_prefill_tokens, num_decode_tokens |
     | mooncake | Mooncake JSONL: timestamp (ms), input_length, output_length, hash_ids |
     | agentic | agent-session JSON, one file or a folder of them; sessions start at seeded random times |
     | servegen | ServeGen folder of chunk-N-trace.csv and chunk-N-dataset.json, resampled with the seed |
 
-    Any file may be gzipped (name ending in .gz). Rows are stable-sorted by arrival; the original offset is kept, and
-    clock times start at 0. Prefix tokens count a prompt's leading blocks that an earlier request had.
+    The normalised format's num_images, image_tokens, client_id (becomes the tenant), and prefix_hit_tokens or hash_ids
+    may be missing. Any file may be gzipped (name ending in .gz). Rows are stable-sorted by arrival; the original
+    offset is kept, and clock times start at 0. Prefix tokens count a prompt's leading blocks that an earlier request
+    had.
 
     Raises UserError, in one sentence naming the place, for a missing, empty, truncated or malformed file.
     """

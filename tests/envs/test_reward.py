@@ -31,9 +31,9 @@ def value(requests: np.ndarray) -> float:
     return float((PROMPT_PRICE * requests["prompt_tokens"] + OUTPUT_PRICE * requests["output_tokens"]).sum())
 
 
-def revenue(state: State) -> float:
-    """What finished requests pay, by their promises and their own times."""
-    r = state.requests[state.requests["status"] == FINISHED]
+def revenue(state: State, since_s: float = 0.0) -> float:
+    """What requests that finished since then pay, by their promises and their own times."""
+    r = state.requests[(state.requests["status"] == FINISHED) & (state.requests["finish_s"] > since_s)]
     immediate, deferred = r[r["request_class"] == IMMEDIATE], r[r["request_class"] == DEFERRED]
     decode_s = immediate["finish_s"] - immediate["first_token_s"]
     kept = immediate["first_token_s"] <= immediate["arrival_s"] + 1.0
@@ -70,17 +70,26 @@ def test_over_a_drained_episode_rewards_are_revenue_less_a_constant() -> None:
     assert constants == pytest.approx([everything] * 3, rel=1e-4)
 
 
-def test_figures_of_an_episode_are_those_of_its_requests() -> None:
-    fleet = Fleet(DRAINED, 1)
+@pytest.mark.parametrize("warmup_s", [0.0, 2.0])
+def test_figures_of_an_episode_are_those_of_its_requests(warmup_s: float) -> None:
+    task = replace(DRAINED, scenario=replace(DRAINED.scenario, warmup_s=warmup_s))
+    fleet = Fleet(task, 1)
     fleet.reset(2)
-    for action in random_actions(DRAINED, 1, 300, seed=3):
+    began_s = preemptions = 0.0
+    for action in random_actions(task, 1, 300, seed=3):
         fleet.step(action)
-    state, figures = fleet.state(0), fleet.episode_figures(0)
-    now_s = float(state.scheduler["now_s"][0])
-    immediate = state.requests[(state.requests["request_class"] == IMMEDIATE) & (state.requests["status"] != FUTURE)]
-    assert figures["revenue_per_s"] * now_s == pytest.approx(revenue(state))
-    assert figures["immediate_attainment"] == pytest.approx(1 - immediate["missed"].mean())
-    assert figures["preemptions_per_s"] * now_s == pytest.approx(state.requests["preemptions"].sum())
+        state = fleet.state(0)
+        now_s = float(state.scheduler["now_s"][0])
+        if began_s == 0 < warmup_s <= now_s:
+            began_s, preemptions = now_s, float(state.requests["preemptions"].sum())
+    figures = fleet.episode_figures(0)
+    r = state.requests
+    decided_s = np.where(r["missed"] == 0, r["finish_s"], np.inf)
+    immediate = (r["request_class"] == IMMEDIATE) & (r["status"] != FUTURE)
+    assert figures["revenue_per_s"] * (now_s - began_s) == pytest.approx(revenue(state, began_s))
+    assert figures["preemptions_per_s"] * (now_s - began_s) == pytest.approx(r["preemptions"].sum() - preemptions)
+    if warmup_s == 0:
+        assert figures["immediate_attainment"] == pytest.approx(np.isfinite(decided_s[immediate]).mean())
 
 
 def test_weights_of_the_reward() -> None:

@@ -9,13 +9,12 @@ import pytest
 
 from flexirl.errors import UserError
 from flexirl.policies.heuristics.base import slo_token_budget
-from flexirl.runtime.scheduler import decode_slack
 from flexirl.policies.registry import make_policy, policy_names
 from flexirl.runtime import simulation, surrogate
 from flexirl.runtime.engine import EngineProfile, load_profile, make_profile
 from flexirl.runtime.invariants import check_invariants
 from flexirl.runtime.policy import Policy, View
-from flexirl.runtime.scheduler import apply
+from flexirl.runtime.scheduler import apply, decode_slack
 from flexirl.runtime.simulation import simulate
 from flexirl.runtime.state import CLASSES, FINISHED, ONE_QUEUE, RUNNING, SHORTEST, WAITING, State
 from flexirl.workloads.scenario import SLO

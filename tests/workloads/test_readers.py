@@ -45,7 +45,7 @@ def test_lengths_without_arrivals(tmp_path):
     path = write(tmp_path / "t.csv", "prompt_tokens,output_tokens,prob\n10,2,0.3\n20,1,0.7\n")
     rows, weights = read_lengths(path)
     assert rows["prompt_tokens"].tolist() == [10, 20] and weights.tolist() == [0.3, 0.7]
-    with pytest.raises(UserError, match="no arrival times.*empirical"):
+    with pytest.raises(UserError, match=r"no arrival times.*empirical"):
         read_trace(path)
 
 
@@ -53,7 +53,8 @@ def test_burstgpt_drops_failed_requests(tmp_path, caplog):
     path = write(
         tmp_path / "BurstGPT.csv",
         "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
-        "5,ChatGPT,472,18,490,Conversation log\n45,ChatGPT,1087,0,1087,Conversation log\n118,GPT-4,417,276,693,API log\n",
+        "5,ChatGPT,472,18,490,Conversation log\n45,ChatGPT,1087,0,1087,Conversation log\n"
+        "118,GPT-4,417,276,693,API log\n",
     )
     with caplog.at_level(logging.WARNING):
         trace = read_trace(path)

@@ -46,7 +46,9 @@ def plain(**changes):
                "output": {"kind": "uniform", "min": 1, "max": 50}}  # fmt: skip
     config = {
         "name": "plain", "load": 0.5, "duration_s": 100.0, "warmup_s": 10.0, "slo_tiers": [], "predictor": {},
-        "immediate": {"kind": "synthetic", "arrivals": {"kind": "poisson"}, "lengths": lengths, "tenants": {"count": 2}},
+        "immediate": {
+            "kind": "synthetic", "arrivals": {"kind": "poisson"}, "lengths": lengths, "tenants": {"count": 2},
+        },
         "deferred": {"kind": "backlog", "lengths": lengths, "tenants": {"count": 3}},
     }  # fmt: skip
     return config | changes
@@ -215,7 +217,8 @@ def digest(trace):
 def test_seeds_reproduce_across_processes():
     code = (
         "import json, sys; sys.path.insert(0, sys.argv[1]); import test_scenario as t\n"
-        "print(json.dumps([t.digest(t.draw(t.configured('workload=' + n), 7)) for n in ('default', 'vlm', 'deadlines')]))"
+        "names = ('default', 'vlm', 'deadlines')\n"
+        "print(json.dumps([t.digest(t.draw(t.configured('workload=' + name), 7)) for name in names]))"
     )
     here = Path(__file__).parent
     ran = subprocess.run(

@@ -76,7 +76,7 @@ class QoServe(Heuristic):
 
     def decide(self, view: View) -> np.ndarray:
         """Lets the more urgent class go first."""
-        state, memory, decision = view.state, self._memory, self._decision
+        memory, decision = self._memory, self._decision
         now_s = view.now_s
         memory["most_waiting_tokens"] = max(int(memory["most_waiting_tokens"]), view.waiting_tokens(IMMEDIATE))
         if now_s >= memory["revised_s"] + self.revise_s:

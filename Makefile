@@ -1,0 +1,33 @@
+# Two commands set everything up: `make train` and `make test`. A stamp file says what is installed already.
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+
+.PHONY: train test bench clean
+
+train: .venv/installed
+	$(BIN)/python -m flexirl.train
+
+test: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy flexirl
+	$(BIN)/pytest -q -n 2 --dist loadfile
+
+bench: .venv/installed
+	$(BIN)/python -m flexirl.bench
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# PyTorch first and pinned: left to a resolver, another version may come with gigabytes of libraries.
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(PIP) install -c constraints.txt -e '.[test]'
+	touch $@

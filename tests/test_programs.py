@@ -158,11 +158,9 @@ def test_policies_are_evaluated_on_the_same_arrivals(trained: Path, tmp_path: Pa
         (("engine=nowhere.json",), "nowhere.json does not exist"),
         (("agent=dqn",), "env=grid"),
         (("total_steps=0",), "total_steps=0"),
-        (("env.traces=some",), "env.traces=some"),
         (("engine.kv_blocks=-5",), "engine.kv_blocks=-5"),
         (("compare.policies=hygen",), "compare.policies=hygen is not a list"),
         (("env.members=10",), "env.members=10 is not a multiple of env.group_size=8"),
-        (("slo.ttft_s=soon",), "slo.ttft_s=soon"),
     ],
 )
 def test_training_with_bad_input(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:

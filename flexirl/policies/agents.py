@@ -121,5 +121,7 @@ def normalise(agent: BaseAlgorithm, env: VecEnv, steps: int = 300) -> None:
 
 def start_at(agent: BaseAlgorithm, dials: Sequence[float]) -> None:
     """Moves an untrained agent of the dials action space to a constant setting, from which it learns."""
+    head = agent.policy.action_net
+    assert isinstance(head, nn.Linear)
     with torch.no_grad():
-        agent.policy.action_net.bias.copy_(torch.as_tensor(dials, dtype=torch.float32))
+        head.bias.copy_(torch.as_tensor(dials, dtype=torch.float32))

@@ -302,7 +302,7 @@ def _schedule_running(state: State, immediate: bool, deferred: bool) -> None:
 @nb.njit(cache=True)
 def _chunk(state: State, r: int, start: int) -> int:
     """Tokens of request r to prefill from position `start`: within budget and the step target of its kind of work."""
-    scheduler, decision, batch = state.scheduler[0], state.decision[0], state.batch[0]
+    scheduler, batch = state.scheduler[0], state.batch[0]
     engine, request = state.engine[0], state.requests[r]
     limit = min(request.prompt_tokens + request.generated - start, scheduler.budget)
     waits = best_effort(request)
@@ -500,7 +500,7 @@ def _admit_waiting(state: State, immediate: bool, deferred: bool) -> None:
     """Admits from the head of the queue until the head must wait. What was evicted in this iteration stays out."""
     scheduler = state.scheduler[0]
     while scheduler.budget > 0:
-        if deferred and state.classes[DEFERRED].preempted > 0 or state.classes[IMMEDIATE].preempted > 0:
+        if (deferred and state.classes[DEFERRED].preempted > 0) or state.classes[IMMEDIATE].preempted > 0:
             return
         r = _next(state, immediate, deferred)
         if r == NONE:

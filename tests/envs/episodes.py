@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from flexirl.envs.action import GRID
 from flexirl.envs.fleet import Task
 from flexirl.envs.reward import Reward
-from flexirl.runtime.capacity import ServiceTime
 from flexirl.runtime.engine import EngineProfile, load_profile
-from flexirl.workloads.scenario import SLO, Rngs, Scenario
+from flexirl.workloads.scenario import SLO, Rngs, Scenario, ServiceTime
 from flexirl.workloads.trace import empty_rows
 
 REVENUE = Reward("revenue", "revenue", deferred=1.0, loss=1.0, waiting=0.0)
@@ -19,7 +19,7 @@ LATENCY = Reward("latency", "requests in the system", deferred=0.0, loss=0.0, wa
 PROMISE = SLO(ttft_s=1.0, tpot_s=0.05)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Requests:
     """A stream, immediate or deferred: `least` to `most` requests that arrive evenly spread over `within_s`."""
 
@@ -62,7 +62,7 @@ def small_task(
     immediate: Requests | None = None, deferred: Requests | None = None, duration_s: float = 8.0,
     engine: EngineProfile | None = None, reward: Reward = REVENUE, **changes: Any,
 ) -> Task:  # fmt: skip
-    """Busy episodes of 40 decisions: a stream of each class for most of the time, the deferred one all there at once."""
+    """Busy episodes of 40 decisions: immediate requests for most of the time, deferred ones all there at once."""
     immediate = immediate or Requests(80, 80, 6.0)
     deferred = deferred or Requests(60, 60, 0.0, (200, 2000), (10, 200))
     scenario = Scenario("small", immediate, deferred, duration_s)
@@ -73,7 +73,5 @@ def random_actions(task: Task, members: int, steps: int, seed: int = 0) -> list[
     """Uniform actions of the task's kind for every member and step."""
     rng = np.random.default_rng(seed)
     if task.action == "grid":
-        from flexirl.envs.action import GRID
-
         return [rng.integers(len(GRID), size=members) for _ in range(steps)]
     return [rng.uniform(-1, 1, (members, *task.action_shape())).astype(np.float32) for _ in range(steps)]

@@ -50,7 +50,7 @@ def test_a_dial_sets_what_its_table_says_and_nothing_else(dial: int, position: i
     table = DIALS[dial]
     expected = in_units({-1: table.low, 0: table.zero, 1: table.high}[position])
     fields = FIELDS[table.name]
-    for name in decision.dtype.names:
+    for name in decision.dtype.names or ():
         wanted = expected if name in fields else neutral[name]
         assert decision[name] == pytest.approx(wanted, rel=1e-6, abs=1e-12)
 

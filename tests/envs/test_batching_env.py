@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gymnasium
-import matplotlib
 import numpy as np
 import pytest
-from episodes import small_task
+from episodes import small_engine, small_task
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 from stable_baselines3.common.env_checker import check_env as sb3_check
 
@@ -21,7 +20,6 @@ SHORT = ["workload.duration_s=5", "workload.warmup_s=0"]
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", KINDS)
 def test_passes_both_checkers_without_warnings(kind: str) -> None:
-    matplotlib.use("Agg")
     env = gymnasium.make("flexirl/Batching-v0", overrides=[f"env={kind}", *SHORT])
     gymnasium_check(env.unwrapped)
     sb3_check(env.unwrapped)
@@ -58,8 +56,7 @@ def test_an_episode_follows_from_its_seed() -> None:
         ours, theirs = env.step(action), other.step(action)
         assert (ours[0] == theirs[0]).all() and ours[1:] == theirs[1:]
     # The next episode is another one, and the same one for both.
-    ours, theirs = env.reset()[0], other.reset()[0]
-    assert (ours == theirs).all()
+    assert (env.reset()[0] == other.reset()[0]).all()
     rewards = [env.step(np.zeros(NUM_DIALS, np.float32))[1] for _ in range(40)]
     env.reset(seed=4)
     assert rewards != [env.step(np.zeros(NUM_DIALS, np.float32))[1] for _ in range(40)]
@@ -74,16 +71,12 @@ def test_an_observation_is_the_callers_to_keep() -> None:
 
 
 def test_step_noise_differs_between_episodes() -> None:
-    env = BatchingEnv(small_task(engine=_noisy()))
+    env = BatchingEnv(small_task(engine=small_engine(noise=0.05)))
     seeds = []
     for seed in (1, 2):
         env.reset(seed=seed)
         seeds.append(int(env.fleet.state(0).scheduler["rng"][0]))
     assert seeds[0] != seeds[1]
-
-
-def _noisy():  # type: ignore[no-untyped-def]
-    return small_task().engine.replace(noise=0.05)
 
 
 def test_renders_a_picture() -> None:
@@ -101,7 +94,6 @@ def test_renders_a_picture() -> None:
 
 
 def test_shows_a_window_where_there_is_none_to_show_it_on() -> None:
-    matplotlib.use("Agg")
     env = BatchingEnv(small_task(), render_mode="human")
     env.reset(seed=0)
     env.step(np.zeros(NUM_DIALS, np.float32))

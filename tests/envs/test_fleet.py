@@ -78,8 +78,8 @@ def test_first_episodes_are_staggered() -> None:
     ends: dict[int, list[int]] = {m: [] for m in range(8)}
     for step in range(1, 90):
         _, _, over = fleet.step(np.zeros((8, NUM_DIALS), np.float32))
-        for m in np.flatnonzero(over):
-            ends[int(m)].append(step)
+        for m in np.flatnonzero(over).tolist():
+            ends[m].append(step)
         fleet.restart(over)
     for m in range(8):
         assert ends[m] == [10 * (m // 2 + 1) + 40 * i for i in range(2)]
@@ -90,7 +90,8 @@ SEED_THAT_GROWS = 8
 
 def growing_task() -> Task:
     """Episodes of very different size."""
-    return small_task(Requests(20, 1200, 6.0, (20, 200), (2, 10), num_tenants=2), Requests(20, 60, 0.0, (200, 1500), (10, 100)))
+    immediate = Requests(20, 1200, 6.0, (20, 200), (2, 10), num_tenants=2)
+    return small_task(immediate, Requests(20, 60, 0.0, (200, 1500), (10, 100)))
 
 
 def test_growing_in_the_middle_of_episodes_changes_nothing() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from flexirl.envs.vector import BatchingVecEnv, BatchingVectorEnv
 from flexirl.workloads.trace import DEFERRED
 
 STEPS = 40  # of an episode of `small_task`
-SAME = {
+SAME: dict[str, Any] = {
     "immediate": Requests(80, 80, 6.0, always_the_same=True),
     "deferred": Requests(60, 60, 0.0, (200, 2000), (10, 200), always_the_same=True),
 }

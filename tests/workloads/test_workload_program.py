@@ -33,7 +33,7 @@ def test_prints_a_table_and_writes_its_files(tmp_path):
         ("workload.lod=1", "Could not override 'workload.lod'"),
         ("workload.load=0", "workload.load=0.0 is out of range"),
         ("seed=-1", "seed=-1"),
-        ("slo.ttft_s=soon", "should be numbers"),
+        ("slo.ttft_s=soon", "slo.ttft_s=soon is not a number"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, argument, message):

@@ -45,7 +45,7 @@ from flexirl.workloads.trace import DEFERRED, IMMEDIATE, Trace, empty_rows, merg
 
 MEMBERS = 64
 SEATS = 64
-QUEUED, MANY_QUEUED = 30_000, 1_000_000
+QUEUED, MANY_QUEUED = 60_000, 1_000_000  # the first lasts all repeats
 
 
 class Row(NamedTuple):
@@ -70,7 +70,7 @@ def surrogate_speed(repeats: int) -> Iterator[Row]:
     tokens. Three ways: as the programs run it; every iteration planned and committed by itself, without the closed form
     for runs of decodes; and as the programs run it with a million deferred requests waiting.
     """
-    iterations = 100_000
+    iterations = 50_000
     unit = "iterations/s"
     state, trace = _busy_engine(QUEUED, iterations * (repeats + 2))
     yield Row("surrogate_iterations_per_s", median(lambda: _advance(state, trace, iterations), repeats), unit)

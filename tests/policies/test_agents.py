@@ -19,7 +19,7 @@ from flexirl.envs.action import NUM_DIALS
 from flexirl.envs.fleet import Task
 from flexirl.envs.vector import BatchingVecEnv
 from flexirl.errors import UserError
-from flexirl.policies.agents import ALGORITHMS, LinearDecay, Normaliser, make_agent
+from flexirl.policies.agents import ALGORITHMS, LinearDecay, Normaliser, make_agent, start_at
 
 MEMBERS, GROUP = 8, 4
 TINY = {
@@ -117,6 +117,15 @@ def test_a_new_agent_plays_the_heuristic(tmp_path: Path) -> None:
     observations = agent.get_env().reset()  # type: ignore[union-attr]
     assert abs(agent.predict(observations, deterministic=True)[0]).max() < 0.05  # type: ignore[arg-type]
     assert weights(agent)["log_std"].numpy() == pytest.approx(np.full(NUM_DIALS, -1.5))
+
+
+@pytest.mark.parametrize("name", ["grouped_ppo", "ppo", "a2c", "recurrent_ppo"])
+def test_an_agent_starts_at_given_dials(name: str, tmp_path: Path) -> None:
+    agent = make(name, tmp_path)
+    dials = np.linspace(-0.9, 0.9, NUM_DIALS)
+    start_at(agent, dials.tolist())
+    taken, _ = agent.predict(agent.get_env().reset(), deterministic=True)  # type: ignore[union-attr, arg-type]
+    assert taken == pytest.approx(np.tile(dials, (MEMBERS, 1)), abs=0.06)
 
 
 def test_normaliser_takes_out_mean_and_deviation() -> None:

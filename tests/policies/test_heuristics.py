@@ -217,8 +217,8 @@ def test_qoserve_slack_is_that_of_the_next_token_due() -> None:
     now_s = due_s - 5 * TICK_S
     assert decode_slack(*arguments, now_s) == pytest.approx((5 * TICK_S, 1 * TICK_S, 1))
     assert decode_slack(*arguments, due_s + 1.0)[0] == 0.0
-    # A request that missed its first token has nothing left to keep.
-    requests["ttft_deadline_s"][[0, 2]] = 0.0
+    # A request whose promise is broken has nothing left to keep.
+    requests["missed"][[0, 2]] = 1
     assert decode_slack(*arguments, now_s)[0] == np.inf
 
 
@@ -339,7 +339,7 @@ def test_fixed_dials_hold_what_the_dials_stand_for() -> None:
     play = Play(make_policy("fixed_dials", {"tune": False}), immediate(4, 2), deferred(4, 2))
     at_rest = play.policy.decide(play.view).copy()
     play = Play(make_policy("fixed_dials", {"dials": [0.0, -1.0]}), immediate(4, 2), deferred(4, 2))
-    assert play.policy.decide(play.view)["deferred_step_s"] < at_rest["deferred_step_s"]
+    assert play.policy.decide(play.view)["deferred_slack"] < at_rest["deferred_slack"]
     assert play.policy.decide(play.view)["immediate_step_s"] == at_rest["immediate_step_s"]
 
 

@@ -1,7 +1,7 @@
 """The serving engine: scheduler, KV cache accounts, step-time model, and what executes a planned iteration.
 
 Compiled functions are cached between runs. Numba invalidates a cached function when its own file changes, but not when
-a function it calls changes in another file, so each state of the sources gets a cache folder of its own.
+a function it calls changes in another file, so each state of the compiled sources gets a cache folder of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 def _source_digest() -> str:
     digest = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):
-        digest.update(path.read_bytes())
+        source = path.read_bytes()
+        if b"import njit" in source or b"import numba" in source:
+            digest.update(source)
     return digest.hexdigest()[:16]
 
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import numba
 
 _PACKAGE = Path(__file__).resolve().parent.parent
+_COMPILED = ("runtime", "envs", "workloads")  # folders (not those below) of compiled code and the constants it takes in
 
 
 def _source_digest() -> str:
     digest = hashlib.sha256()
-    for path in sorted(_PACKAGE.rglob("*.py")):
-        source = path.read_bytes()
-        if b"import njit" in source or b"import numba" in source:
-            digest.update(source)
+    for folder in _COMPILED:
+        for path in sorted((_PACKAGE / folder).glob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 

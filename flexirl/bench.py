@@ -36,6 +36,7 @@ from flexirl.policies.agents import make_agent
 from flexirl.policies.export import export
 from flexirl.policies.learned import load_policy
 from flexirl.runtime import simulation, surrogate
+from flexirl.runtime.borrow import borrow
 from flexirl.runtime.engine import load_profile
 from flexirl.runtime.policy import View
 from flexirl.runtime.scheduler import commit, plan
@@ -120,6 +121,7 @@ def _advance_stepped(state: State, trace: Trace, iterations: int) -> float:
 
 @nb.njit(cache=True)
 def _step(state: State, trace: np.ndarray, iterations: int) -> None:
+    state = borrow(state)
     for _ in range(iterations):
         surrogate.arrive(state, trace, state.scheduler[0].now_s)
         plan(state)

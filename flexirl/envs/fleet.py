@@ -20,8 +20,10 @@ from flexirl.envs.reward import Reward
 from flexirl.errors import UserError
 from flexirl.runtime import surrogate
 from flexirl.runtime.accounts import Prices
+from flexirl.runtime.borrow import borrow
 from flexirl.runtime.capacity import ServiceTime
 from flexirl.runtime.engine import EngineProfile
+from flexirl.runtime.scheduler import deferred_paced_prompt
 from flexirl.runtime.simulation import promises_by_due_time
 from flexirl.runtime.state import CLASS, State, new_states
 from flexirl.runtime.step_time import BATCH
@@ -263,15 +265,15 @@ class Fleet:
 @nb.njit(cache=True)
 def _member_state(states: State, m: int) -> State:
     return State(
-        states.requests[m], states.running[m], states.classes[m], states.tenants[m], states.lanes[m],
-        states.scheduler[m], states.decision[m], states.batch[m], states.engine[m], states.ring[m],
-        states.promises[m], states.itl_histogram[m],
+        states.requests[m], states.running[m], states.work[m], states.work_totals[m], states.classes[m],
+        states.tenants[m], states.lanes[m], states.scheduler[m], states.decision[m], states.batch[m],
+        states.engine[m], states.ring[m], states.promises[m], states.itl_histogram[m],
     )  # fmt: skip
 
 
 @nb.njit(cache=True)
 def _start_member(states, traces, promises, members, memory, batches, promise, low, high, observations, m, seed):
-    state = _member_state(states, m)
+    state = borrow(_member_state(states, m))
     surrogate.start(state, traces[m, : members[m].rows], promises, seed)
     observe(state, memory[m], promise[0], batches[m], low, high, observations[m])
 
@@ -282,7 +284,7 @@ def _step_members(
     deferred_order, interval_s, observations, rewards, first, end,
 ):  # fmt: skip
     for m in range(first, end):
-        state, member = _member_state(states, m), members[m]
+        state, member = borrow(_member_state(states, m)), members[m]
         if kind == _SCORES:
             actions.set_scores(state, action[m], promise[0].tpot_s)
         else:
@@ -299,7 +301,7 @@ def _step_members(
 def _reward(state, member, promise, reward, began_s, interval_s):
     immediate, deferred = state.classes[IMMEDIATE], state.classes[DEFERRED]
     deferred_value = reward.deferred_discount * (
-        reward.prompt_price * (deferred.paced_prompt - deferred.void_paced)
+        reward.prompt_price * deferred_paced_prompt(state)
         + reward.output_price * (deferred.output_done - deferred.void_output)
     )
     lost_value = reward.prompt_price * immediate.lost_prompt + reward.output_price * immediate.lost_output

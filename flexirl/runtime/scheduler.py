@@ -16,21 +16,25 @@ from flexirl.runtime.state import (
     CANCELLED,
     CHEAPER,
     CLASSES,
+    DECODES,
     EXPIRED,
     FINISHED,
     FUTURE,
     ITL_BINS,
     LAST,
+    LATER_DECODES,
+    LATER_PREFILLS,
     LEAST_OUTPUT,
     LOWEST_SCORE,
     ONE_QUEUE,
+    PREFILLS,
     RECOMPUTE,
     REJECTED,
     RUNNING,
     WAITING,
     State,
 )
-from flexirl.runtime.step_time import prefill_slope, step_time_with_chunk, step_time_with_decode
+from flexirl.runtime.step_time import prefill_slope, step_time_with_chunk, step_time_with_decodes
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 # Immediate prefill always advances by this much, whatever its step target: chunks this small are all but free.
@@ -82,7 +86,8 @@ def apply(state: State) -> None:
         if victim == NONE:
             break
         _preempt(state, victim)
-    _compact(state)
+    if decision.preempt_count > 0:
+        _compact(state)
 
 
 @nb.njit(cache=True)
@@ -102,14 +107,15 @@ def plan(state: State) -> None:
     scheduler.budget = min(decision.token_budget, state.engine[0].max_tokens_per_step)
     state.classes[IMMEDIATE].preempted = 0
     state.classes[DEFERRED].preempted = 0
-    _set_targets(state)
+    _take_stock(state)
+    _run(state, DECODES)
+    _run(state, PREFILLS)
     if decision.discipline == CLASSES:
-        _schedule_running(state, True, False)
         _admit_waiting(state, True, False)
-        _schedule_running(state, False, True)
+        _run(state, LATER_DECODES)
+        _run(state, LATER_PREFILLS)
         _admit_waiting(state, False, True)
     else:
-        _schedule_running(state, True, True)
         _admit_waiting(state, True, True)
     if state.classes[IMMEDIATE].preempted + state.classes[DEFERRED].preempted > 0:
         _compact(state)
@@ -126,44 +132,47 @@ def commit(state: State, elapsed_s: float) -> None:
     scheduler.busy_s += elapsed_s
     scheduler.kv_block_s += elapsed_s * (_total_blocks(state) - scheduler.free_blocks)
     state.batch[0].swap_tokens = 0.0
-    on_time_itls = 0
-    ended = 0
+    one_tenant = len(state.tenants) == 1
+    tokens_made, immediate_tokens, first_tokens, paused = 0, 0, 0, 0  # all but the first of immediate requests
+    kept = 0
     for i in range(scheduler.running):
         r = state.running[i]
-        request = state.requests[r]
+        request = state.requests[np.uintp(r)]
         tokens = request.scheduled
         if tokens > 0:
             request.scheduled = 0
             request.computed += tokens
             if request.computed <= request.prompt_tokens:
                 _book_prompt(state, r)
-            if request.computed == request.prompt_tokens + request.generated:
-                group = state.classes[request.request_class]
-                paced = paced_prompt(request) if request.request_class == DEFERRED else 0
+            if owed_tokens(request) == 0:
                 request.generated += 1
-                group.output_done += 1
-                if request.request_class == DEFERRED:
-                    group.paced_prompt += paced_prompt(request) - paced
-                state.tenants[request.tenant].service += OUTPUT_SERVICE
+                is_immediate = request.request_class == IMMEDIATE
+                immediate_tokens += is_immediate
+                tokens_made += 1
+                if not one_tenant:
+                    state.tenants[request.tenant].service += OUTPUT_SERVICE
                 if request.generated == 1:
+                    first_tokens += is_immediate
                     _first_token(state, r, now_s)
-                elif request.request_class == IMMEDIATE:
-                    if request.last_token_s == began_s:
-                        on_time_itls += 1
-                    else:
-                        state.itl_histogram[itl_bin(now_s - request.last_token_s)] += 1
+                elif is_immediate & (request.last_token_s != began_s):  # it paused
+                    paused += 1
+                    state.itl_histogram[itl_bin(now_s - request.last_token_s)] += 1
                 request.last_token_s = now_s
                 if request.generated == request.output_tokens:
                     request.status = FINISHED
-                    ended += 1
                     _end_running(state, r, now_s)
                     continue
-        if _overdue(scheduler, request):
-            ended += _settle_running(state, r)
-    if on_time_itls > 0:
-        state.itl_histogram[itl_bin(elapsed_s)] += on_time_itls
-    if ended > 0:
-        _compact(state)
+        if _overdue(scheduler, request) and _settle_running(state, r):
+            continue
+        state.running[np.uintp(kept)] = r
+        kept += 1
+    scheduler.running = kept
+    if immediate_tokens > 0:
+        state.itl_histogram[itl_bin(elapsed_s)] += immediate_tokens - first_tokens - paused
+    state.classes[IMMEDIATE].output_done += immediate_tokens
+    state.classes[DEFERRED].output_done += tokens_made - immediate_tokens
+    if one_tenant:
+        state.tenants[0].service += OUTPUT_SERVICE * tokens_made
     settle_first_tokens(state)
 
 
@@ -171,11 +180,11 @@ def commit(state: State, elapsed_s: float) -> None:
 def settle(state: State) -> None:
     """Books what fell due while the clock moved without an iteration: broken promises, windows that closed."""
     scheduler = state.scheduler[0]
-    ended = 0
+    ended = False
     for i in range(scheduler.running):
         if _overdue(scheduler, state.requests[state.running[i]]):
-            ended += _settle_running(state, state.running[i])
-    if ended > 0:
+            ended |= _settle_running(state, state.running[i])
+    if ended:
         _compact(state)
     settle_first_tokens(state)
 
@@ -201,51 +210,79 @@ def itl_bin(gap_s: float) -> int:
 @nb.njit(cache=True, inline="always")
 def best_effort(request) -> bool:
     """True for work that may wait: deferred requests, and immediate ones that were relegated."""
-    return request.request_class == DEFERRED or request.relegated == 1
+    return (request.request_class == DEFERRED) | (request.relegated == 1)  # no branch: nothing could predict it
 
 
 @nb.njit(cache=True)
-def _set_targets(state: State) -> None:
-    """Turns the decision's step targets and shares of slack into targets for this iteration."""
-    scheduler, decision = state.scheduler[0], state.decision[0]
+def _take_stock(state: State) -> None:
+    """Sorts the running requests by kind of work into `state.work`, and sets this iteration's step targets.
+
+    Slack is the time until an immediate request's next token is due at its promised pace: infinite where none decodes,
+    0 if one is late. Requests whose promise is already broken have none left to keep.
+    """
+    scheduler, decision, engine = state.scheduler[0], state.decision[0], state.engine[0]
+    work, totals = state.work, state.work_totals
+    by_class, decodes_first = decision.discipline == CLASSES, decision.decodes_first == 1
+    first, later, first_prefills, later_prefills = 0, 0, 0, 0
+    context, waiting_decodes, waiting_context = 0, 0, 0
+    due_s = np.inf
+    for i in range(scheduler.running):
+        r = state.running[i]
+        request = state.requests[np.uintp(r)]  # unsigned: Numba then compiles no wrap-around
+        waits = best_effort(request)
+        goes_later = waits & by_class
+        if owed_tokens(request) == 1 and request.generated > 0:
+            # Nothing predicts which class is next in the batch: instead of a branch, two entries, one of them void.
+            work[DECODES, np.uintp(first)] = r
+            work[LATER_DECODES, np.uintp(later)] = r
+            first += not goes_later
+            later += goes_later
+            attended = request.computed + 1
+            context += attended
+            waiting_decodes += waits
+            waiting_context += attended if waits else 0
+            next_due_s = next_token_due_s(request)
+            due_s = min(due_s, np.inf if waits | (request.missed == 1) else next_due_s)
+        elif decodes_first:
+            work[LATER_PREFILLS if goes_later else PREFILLS, later_prefills if goes_later else first_prefills] = r
+            first_prefills += not goes_later
+            later_prefills += goes_later
+        else:
+            work[LATER_DECODES if goes_later else DECODES, later if goes_later else first] = r
+            first += not goes_later
+            later += goes_later
+    totals[DECODES].count = first
+    totals[LATER_DECODES].count = later
+    totals[PREFILLS].count = first_prefills
+    totals[LATER_PREFILLS].count = later_prefills
+    totals[DECODES].best_effort = 0 if by_class else waiting_decodes
+    totals[DECODES].context = context - (waiting_context if by_class else 0)
+    totals[LATER_DECODES].best_effort = waiting_decodes
+    totals[LATER_DECODES].context = waiting_context
+    slack_s = max(due_s - scheduler.now_s, 0.0)
     scheduler.immediate_target_s = decision.immediate_step_s
     scheduler.deferred_target_s = decision.deferred_step_s
     scheduler.deferred_floor = decision.deferred_token_floor
-    if decision.immediate_slack <= 0 and decision.deferred_slack <= 0:
-        return
-    slack_s, decodes_s, decodes = decode_slack(
-        state.requests, state.running, scheduler.running, state.engine[0], scheduler.now_s
-    )
     if decision.immediate_slack > 0:
-        target_s = decision.immediate_slack * slack_s - decision.deferred_decodes * decodes_s
-        scheduler.immediate_target_s = min(scheduler.immediate_target_s, target_s)
+        aside_s = decision.deferred_decodes * decodes_cost(engine, waiting_decodes, waiting_context)
+        scheduler.immediate_target_s = min(scheduler.immediate_target_s, decision.immediate_slack * slack_s - aside_s)
     if decision.deferred_slack > 0:
         scheduler.deferred_target_s = min(scheduler.deferred_target_s, decision.deferred_slack * slack_s)
-        scheduler.deferred_floor = max(scheduler.deferred_floor, int(decision.deferred_decodes * decodes))
+        floor = int(decision.deferred_decodes * waiting_decodes)
+        scheduler.deferred_floor = max(scheduler.deferred_floor, floor)
+
+
+@nb.njit(cache=True, inline="always")
+def next_token_due_s(request) -> float:
+    """When the next token of a decoding immediate request is due at its promised pace."""
+    return request.first_token_s + request.generated * request.tpot_slo_s
 
 
 @nb.njit(cache=True)
-def decode_slack(requests, running, count: int, engine, now_s: float) -> tuple[float, float, int]:
-    """Least slack of immediate decodes; the time that deferred decodes add to an iteration; how many those are.
-
-    Slack is the time until a request's next token is due at its promised pace: infinite where no immediate request
-    decodes, 0 if one is late. Requests whose promise is already broken have none left to keep.
-    """
-    slack_s = np.inf
-    decodes, context = 0, 0.0
-    for i in range(count):
-        request = requests[running[i]]
-        if request.generated == 0 or owed_tokens(request) != 1:
-            continue
-        if best_effort(request):
-            decodes += 1
-            context += request.computed + 1.0
-        elif request.missed == 0:
-            due_s = request.first_token_s + request.generated * request.tpot_slo_s
-            slack_s = min(slack_s, due_s - now_s)
+def decodes_cost(engine, decodes: int, context: float) -> float:
+    """Seconds that `decodes` decodes, attending to `context` tokens together, add to a large iteration."""
     per_decode_s = prefill_slope(engine) + engine.per_sequence_s
-    decodes_s = decodes * per_decode_s + context * (engine.per_context_s + engine.per_mixed_context_s)
-    return max(slack_s, 0.0), decodes_s, decodes
+    return decodes * per_decode_s + context * (engine.per_context_s + engine.per_mixed_context_s)
 
 
 @nb.njit(cache=True, inline="always")
@@ -254,49 +291,87 @@ def paced_prompt(request) -> int:
     return np.int64(request.prompt_tokens) * request.generated // request.output_tokens
 
 
+@nb.njit(cache=True)
+def deferred_paced_prompt(state: State) -> int:
+    """`paced_prompt` of all deferred requests so far, less those whose promise broke."""
+    group = state.classes[DEFERRED]
+    tokens = group.paced_prompt - group.void_paced
+    for i in range(state.scheduler[0].running):
+        request = state.requests[state.running[i]]
+        if request.request_class == DEFERRED:
+            tokens += paced_prompt(request)
+    return tokens
+
+
 # ---------------------------------------------------------------------------------------------- running requests
 
 
 @nb.njit(cache=True)
-def _schedule_running(state: State, immediate: bool, deferred: bool) -> None:
-    """Gives the running requests their tokens: with `decodes_first` all decodes ahead of any prefill chunk."""
-    scheduler, decision = state.scheduler[0], state.decision[0]
-    batch, engine = state.batch[0], state.engine[0]
-    count = scheduler.running
-    block_size = engine.block_size
-    limited = scheduler.deferred_target_s < np.inf and deferred
-    prefills = 0
-    for decodes in (True, False):
-        if not decodes and prefills == 0:
-            break
-        for i in range(count):
-            if scheduler.budget <= 0:
-                return
-            r = state.running[i]
-            request = state.requests[r]
-            if request.status != RUNNING or request.scheduled > 0:
-                continue
-            waits = best_effort(request)
-            if not (deferred if waits else immediate):
-                continue
-            owed = owed_tokens(request)
-            if decision.decodes_first and (owed == 1) != decodes:
-                prefills += 1
-                continue
-            if owed > 1:
-                chunk = _chunk(state, r, request.computed)
-                if chunk > 0 and _grow(state, r, request.computed + chunk):
-                    _enlist(scheduler, batch, request, chunk)
-                continue
-            if limited and waits:
-                longer_s = _step_with(engine, batch, request, request.computed, 1)
-                if longer_s > scheduler.deferred_target_s and scheduler.deferred_floor <= 0:
-                    continue
-            # Nearly always the token fits into the last block; the call, which copies the state, is for the rest.
-            if blocks_for(request.computed + 1, block_size) > request.kv_blocks:
-                if not _grow(state, r, request.computed + 1):
-                    continue
-            _enlist(scheduler, batch, request, 1)
+def _run(state: State, kind: int) -> None:
+    """Gives the running requests of one kind of work their tokens, as far as budget, step target and memory allow."""
+    scheduler, batch, total = state.scheduler[0], state.batch[0], state.work_totals[kind]
+    if total.count == 0 or scheduler.budget <= 0:
+        return
+    if _all_decode(state, kind):
+        batch.decode_sequences += total.count
+        batch.sampled_sequences += total.count
+        batch.decode_context += total.context
+        scheduler.budget -= total.count
+        scheduler.deferred_floor -= total.best_effort
+        for i in range(total.count):
+            r = state.work[kind, i]
+            request = state.requests[np.uintp(r)]
+            request.scheduled = 1
+            if request.computed >= request.kv_blocks * state.engine[0].block_size:
+                allocate(state, r, 1)
+        return
+    for i in range(total.count):
+        if scheduler.budget <= 0:
+            return
+        r = state.work[kind, i]
+        if state.requests[r].status == RUNNING:  # else evicted by one ahead of it
+            _run_one(state, r)
+
+
+@nb.njit(cache=True)
+def _all_decode(state: State, kind: int) -> bool:
+    """True if all requests of a kind decode and may do so together: the same as asking one by one, but quick."""
+    scheduler, total = state.scheduler[0], state.work_totals[kind]
+    if kind == PREFILLS or kind == LATER_PREFILLS or not state.decision[0].decodes_first:
+        return False
+    evicted = state.classes[IMMEDIATE].preempted + state.classes[DEFERRED].preempted > 0  # some of them, perhaps
+    if evicted or total.count > scheduler.budget:
+        return False
+    if total.count > scheduler.free_blocks and _lacking_blocks(state, kind) > scheduler.free_blocks:
+        return False
+    if total.best_effort == 0 or scheduler.deferred_target_s == np.inf or scheduler.deferred_floor >= total.count:
+        return True
+    together_s = step_time_with_decodes(state.engine[0], state.batch[0], total.count, total.context)
+    return together_s <= scheduler.deferred_target_s
+
+
+@nb.njit(cache=True)
+def _lacking_blocks(state: State, kind: int) -> int:
+    """Requests of a kind, all decoding, whose next token needs a block more."""
+    lacking = 0
+    for i in range(state.work_totals[kind].count):
+        request = state.requests[state.work[kind, i]]
+        lacking += request.computed >= request.kv_blocks * state.engine[0].block_size
+    return lacking
+
+
+@nb.njit(cache=True)
+def _run_one(state: State, r: int) -> None:
+    scheduler, request = state.scheduler[0], state.requests[r]
+    if owed_tokens(request) > 1 or request.generated == 0:
+        tokens = _chunk(state, r, request.computed)
+    elif best_effort(request) and scheduler.deferred_target_s < np.inf and scheduler.deferred_floor <= 0:
+        longer_s = step_time_with_decodes(state.engine[0], state.batch[0], 1, request.computed + 1.0)
+        tokens = 1 if longer_s <= scheduler.deferred_target_s else 0
+    else:
+        tokens = 1
+    if tokens > 0 and _grow(state, r, request.computed + tokens):
+        _enlist(scheduler, state.batch[0], request, tokens)
 
 
 @nb.njit(cache=True)
@@ -328,7 +403,7 @@ def _step_with(engine, batch, request, start: int, tokens: int) -> float:
     """Predicted seconds of the iteration if `tokens` of a request, from position `start` on, joined it."""
     samples = start + tokens == request.prompt_tokens + request.generated
     if samples and tokens == 1 and request.generated > 0:
-        return step_time_with_decode(engine, batch, start + 1.0)
+        return step_time_with_decodes(engine, batch, 1, start + 1.0)
     step_s = step_time_with_chunk(engine, batch, start, tokens, image_tokens_of_chunk(request, start, tokens))
     return step_s + engine.per_sequence_s if samples else step_s
 
@@ -445,6 +520,7 @@ def _preempt(state: State, r: int) -> None:
         release(state, r, request.computed)
         request.computed = 0
     request.preemptions += 1
+    group.paced_prompt += paced_prompt(request)
     group.preemptions += 1
     group.preempted += 1
     group.running -= 1
@@ -478,7 +554,7 @@ def recompute_cost(engine, request) -> float:
 @nb.njit(cache=True)
 def _make_room(state: State, r: int) -> bool:
     """Evicts work that may wait until waiting request r has memory and a seat, but only if that can succeed."""
-    scheduler, engine = state.scheduler[0], state.engine[0]
+    scheduler = state.scheduler[0]
     within_reach, evictable = scheduler.free_blocks, 0
     for i in range(scheduler.running):
         request = state.requests[state.running[i]]
@@ -487,7 +563,7 @@ def _make_room(state: State, r: int) -> bool:
             evictable += 1
     if evictable == 0 or within_reach < _needed_blocks(state, r, False):
         return False
-    while scheduler.free_blocks < _needed_blocks(state, r, True) or seats_taken(state) >= engine.max_running:
+    while not _has_room(state, r):
         _preempt(state, _victim(state, ONLY_BEST_EFFORT))
     return True
 
@@ -551,18 +627,15 @@ def _admit(state: State, r: int) -> bool:
     """Moves waiting request r into the batch if seats, memory and step target allow; its first chunk runs now."""
     scheduler, decision, engine = state.scheduler[0], state.decision[0], state.engine[0]
     request = state.requests[r]
-    total = _total_blocks(state)
     waits = best_effort(request)
-    if waits and decision.deferred_kv_share < 1 and total - scheduler.free_blocks >= decision.deferred_kv_share * total:
-        return False
-    if waits and decision.preempt_count > 0:
+    if waits and shut_out(state, r):
         return False
     start = _reusable_tokens(state, r)
     chunk = _chunk(state, r, start)
     if chunk <= 0:
         return False
-    if _needed_blocks(state, r, True) > scheduler.free_blocks or seats_taken(state) >= engine.max_running:
-        if waits or not decision.preempt_for_immediate or not _make_room(state, r):
+    if not waits and not _has_room(state, r):
+        if not decision.preempt_for_immediate or not _make_room(state, r):
             return False
     remove(state, r)
     if request.host_blocks > 0:
@@ -577,12 +650,31 @@ def _admit(state: State, r: int) -> bool:
         reclaim(state, r)
     request.computed = start
     request.status = RUNNING
+    state.classes[request.request_class].paced_prompt -= paced_prompt(request)
     state.classes[request.request_class].running += 1
     state.running[scheduler.running] = r
     scheduler.running += 1
     allocate(state, r, blocks_for(start + chunk, engine.block_size) - request.kv_blocks)
     _enlist(scheduler, state.batch[0], request, chunk)
     return True
+
+
+@nb.njit(cache=True)
+def shut_out(state: State, r: int) -> bool:
+    """True if waiting request r, which may wait, lacks leave, a seat or memory to join, whatever the step target."""
+    scheduler, decision, engine = state.scheduler[0], state.decision[0], state.engine[0]
+    used = engine.kv_blocks - scheduler.free_blocks
+    if decision.deferred_kv_share < 1 and used >= decision.deferred_kv_share * engine.kv_blocks:
+        return True
+    return decision.preempt_count > 0 or not _has_room(state, r)
+
+
+@nb.njit(cache=True)
+def _has_room(state: State, r: int) -> bool:
+    """True if there are a seat and memory for waiting request r."""
+    if seats_taken(state) >= state.engine[0].max_running:
+        return False
+    return _needed_blocks(state, r, True) <= state.scheduler[0].free_blocks
 
 
 @nb.njit(cache=True)
@@ -705,21 +797,21 @@ def _book_loss(state: State, r: int) -> None:
 def _overdue(scheduler, request) -> bool:
     """True if a running request can no longer keep its promise and that is not yet booked."""
     left = request.output_tokens - request.generated
-    return request.missed == 0 and scheduler.now_s + left * scheduler.fastest_step_s > request.deadline_s
+    return (request.missed == 0) & (scheduler.now_s + left * scheduler.fastest_step_s > request.deadline_s)
 
 
 @nb.njit(cache=True)
-def _settle_running(state: State, r: int) -> int:
-    """Books the promise that running request r broke; 1 if its window closed and it ended for that."""
+def _settle_running(state: State, r: int) -> bool:
+    """Books the promise that running request r broke; True if its window closed and it ended for that."""
     scheduler, request = state.scheduler[0], state.requests[r]
     if request.request_class == IMMEDIATE:
         _book_loss(state, r)
-        return 0
+        return False
     if scheduler.now_s <= request.deadline_s:
-        return 0
+        return False
     request.status = EXPIRED
     _end_running(state, r, scheduler.now_s)
-    return 1
+    return True
 
 
 @nb.njit(cache=True)
@@ -740,7 +832,9 @@ def settle_first_tokens(state: State) -> None:
 
 @nb.njit(cache=True)
 def _end_running(state: State, r: int, now_s: float) -> None:
-    state.classes[state.requests[r].request_class].running -= 1
+    group = state.classes[state.requests[r].request_class]
+    group.running -= 1
+    group.paced_prompt += paced_prompt(state.requests[r])
     release(state, r, 0)
     _book_end(state, r, now_s)
 
@@ -771,7 +865,7 @@ def _book_end(state: State, r: int, now_s: float) -> None:
         _book_loss(state, r)
     if request.missed == 1:
         group.void_prompt += request.furthest
-        group.void_paced += paced_prompt(request) if request.request_class == DEFERRED else 0
+        group.void_paced += paced_prompt(request)
         group.void_output += request.generated
     else:
         group.kept += 1

@@ -21,23 +21,24 @@ REQUEST = np.dtype(
     [
         # What every iteration reads of every running request, kept within one cache line of 64 bytes.
         ("deadline_s", "f8"),  # last token due; for a TPOT promise set when the first token is out
+        ("first_token_s", "f8"),
         ("last_token_s", "f8"),
-        ("status", "i4"),
-        ("request_class", "i4"),
-        ("relegated", "i4"),  # 1: an immediate request that goes behind the others, since it will be late
-        ("missed", "i4"),  # 1: its promise can no longer be kept, and the loss is booked
+        ("tpot_slo_s", "f8"),  # mean seconds per token after the first; inf where none is promised
+        ("status", "i1"),
+        ("request_class", "i1"),
+        ("relegated", "i1"),  # 1: an immediate request that goes behind the others, since it will be late
+        ("missed", "i1"),  # 1: its promise can no longer be kept, and the loss is booked
         ("prompt_tokens", "i4"),
         ("output_tokens", "i4"),  # the truth: for the executor and the accounts, never for a policy
         ("generated", "i4"),  # output tokens produced
         ("computed", "i4"),  # tokens whose keys and values are in the cache
         ("scheduled", "i4"),  # tokens in the current iteration
         ("kv_blocks", "i4"),
-        ("tenant", "i4"),
         ("furthest", "i4"),  # most prompt tokens ever computed, so that recomputation is not credited twice
         # The rest of what the client asked for.
         ("arrival_s", "f8"),
         ("ttft_deadline_s", "f8"),  # first token due; inf where none is promised
-        ("tpot_slo_s", "f8"),  # mean seconds per token after the first; inf where none is promised
+        ("tenant", "i4"),
         ("max_tokens", "i4"),
         ("predicted_output_tokens", "i4"),
         ("num_images", "i4"),
@@ -54,10 +55,8 @@ REQUEST = np.dtype(
         ("parent", "i4"),
         ("key", "f8"),
         ("score", "f8"),  # for the SCORE order; until a policy says otherwise, 1 if immediate and 0 if deferred
-        # When it got what.
-        ("first_token_s", "f8"),
         ("finish_s", "f8"),
-        ("padding", "f8", (3,)),  # to three cache lines
+        ("padding", "f8", (4,)),  # to three cache lines
     ],
     align=True,
 )
@@ -80,7 +79,7 @@ CLASS = np.dtype(  # one record per request class
         ("preemptions", "i8"),
         ("prompt_done", "i8"),  # prompt tokens computed for the first time
         ("output_done", "i8"),  # output tokens produced
-        ("paced_prompt", "i8"),  # of deferred requests: prompt tokens counted in step with the output tokens produced
+        ("paced_prompt", "i8"),  # the same in step with output (see `paced_prompt`), for requests not running now
         ("kept_prompt", "i8"),  # tokens of requests finished with their promise kept
         ("kept_output", "i8"),
         ("lost_prompt", "i8"),  # tokens of requests whose promise broke
@@ -122,6 +121,17 @@ SCHEDULER = np.dtype(
         ("recomputed_tokens", "i8"),
         ("swapped_tokens", "i8"),
         ("prefix_hit_tokens", "i8"),
+    ],
+    align=True,
+)
+
+# Running requests by what they do next and whether it may wait; with CLASSES, work that may wait comes after the rest.
+DECODES, PREFILLS, LATER_DECODES, LATER_PREFILLS = range(4)
+WORK = np.dtype(  # one record per kind of work: its requests and, if all decode, what they add to an iteration
+    [
+        ("count", "i8"),
+        ("best_effort", "i8"),  # of them, those that may wait
+        ("context", "f8"),  # tokens attended to
     ],
     align=True,
 )
@@ -202,6 +212,8 @@ class State(NamedTuple):
 
     requests: np.ndarray  # REQUEST, (R,)
     running: np.ndarray  # int32, (2 * max_running,): request numbers in order of admission
+    work: np.ndarray  # int32, (4, 2 * max_running): the running requests by kind of work, for the iteration planned
+    work_totals: np.ndarray  # WORK, (4,)
     classes: np.ndarray  # CLASS, (2,)
     tenants: np.ndarray  # TENANT, (T,)
     lanes: np.ndarray  # int32, (2, T): roots of the waiting queues; tenants have lanes of their own in the FAIR order
@@ -233,6 +245,8 @@ def new_states(count: int, engine: EngineProfile, max_requests: int, num_tenants
     states = State(
         requests=_aligned_rows((count, max_requests), REQUEST),
         running=rows((2 * int(profile["max_running"]),), np.int32),  # evicted ones stay listed until the plan is made
+        work=rows((4, 2 * int(profile["max_running"])), np.int32),
+        work_totals=rows((4,), WORK),
         classes=rows((2,), CLASS),
         tenants=rows((num_tenants,), TENANT),
         lanes=rows((2, num_tenants), np.int32),

@@ -100,13 +100,13 @@ def step_time(engine, batch):
 
 
 @njit(cache=True)
-def step_time_with_decode(engine, batch, context):
-    """The same if one more decode, which attends to `context` tokens, joined the batch."""
+def step_time_with_decodes(engine, batch, sequences, context):
+    """The same if more decodes, which attend to `context` tokens together, joined the batch."""
     return _seconds(
         engine,
         batch.prefill_tokens,
-        batch.decode_sequences + 1,
-        batch.sampled_sequences + 1,
+        batch.decode_sequences + sequences,
+        batch.sampled_sequences + sequences,
         batch.decode_context + context,
         batch.chunk_context,
         batch.image_tokens,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
+from flexirl.runtime.borrow import borrow
 from flexirl.runtime.kv_cache import allocate, blocks_for
 from flexirl.runtime.queues import NONE, head
 from flexirl.runtime.scheduler import (
@@ -17,14 +18,15 @@ from flexirl.runtime.scheduler import (
     best_effort,
     commit,
     itl_bin,
-    paced_prompt,
+    next_token_due_s,
     plan,
     seats_taken,
     settle,
     settle_first_tokens,
+    shut_out,
     submit,
 )
-from flexirl.runtime.state import FAIR, FUTURE, State
+from flexirl.runtime.state import CLASSES, FAIR, FUTURE, State
 from flexirl.runtime.step_time import step_time
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
@@ -39,6 +41,7 @@ def start(state: State, trace: np.ndarray, promises: np.ndarray, seed: int) -> N
     trace: `TRACE_ROW` (N,), N at most the state's requests; promises: int32, the rows with a finite TTFT promise by
     due time; seed: of the step-time noise.
     """
+    state = borrow(state)
     scheduler, engine = state.scheduler[0], state.engine[0]
     for r in range(len(state.requests)):
         state.requests[r].status = FUTURE
@@ -122,6 +125,7 @@ def advance(state: State, trace: np.ndarray, until_s: float, max_iterations: int
 
     The last iteration may end past `until_s`: decisions are taken between iterations. max_iterations=0: no limit.
     """
+    state = borrow(state)
     scheduler, batch, engine = state.scheduler[0], state.batch[0], state.engine[0]
     last = scheduler.iterations + (max_iterations if max_iterations > 0 else _NO_LIMIT)
     apply(state)
@@ -211,19 +215,25 @@ def _is_steady(state: State) -> bool:
     """True if the planned iteration repeats until somebody arrives, ends, expires or runs out of blocks.
 
     All running requests decode, and the heads of the queues wait for something that decoding only makes scarcer.
-    What changes with time (fair shares, relegation, slack) is left to `plan`.
+    What changes with time (fair shares, relegation, slack) is left to `plan` if they may wait for that.
     """
     scheduler, batch, decision = state.scheduler[0], state.batch[0], state.decision[0]
     if batch.prefill_tokens > 0 or batch.swap_tokens > 0 or batch.decode_sequences != scheduler.running:
         return False
     if scheduler.running == 0 or state.classes[0].preempted + state.classes[1].preempted > 0:
         return False
-    waiting = state.classes[IMMEDIATE].waiting + state.classes[DEFERRED].waiting
-    if waiting == 0:
+    if state.classes[IMMEDIATE].waiting + state.classes[DEFERRED].waiting == 0:
         return True
-    fair = state.classes[IMMEDIATE].order == FAIR or state.classes[DEFERRED].order == FAIR
-    by_slack = decision.immediate_slack > 0 or decision.deferred_slack > 0
-    return not fair and not by_slack and not (decision.relegate > 0 and state.classes[IMMEDIATE].waiting > 0)
+    if state.classes[IMMEDIATE].order == FAIR or state.classes[DEFERRED].order == FAIR:
+        return False
+    first, second = head(state, IMMEDIATE), head(state, DEFERRED)
+    urgent = first != NONE and not state.requests[first].relegated
+    if decision.relegate > 0 and urgent:
+        return False
+    if decision.immediate_slack <= 0 and decision.deferred_slack <= 0:
+        return True
+    next_one = second if second != NONE else first
+    return decision.discipline == CLASSES and not urgent and shut_out(state, next_one)
 
 
 @nb.njit(cache=True)
@@ -233,7 +243,7 @@ def _fast_forward(state: State, trace: np.ndarray, until_s: float, limit: int) -
     Only totals change from one iteration to the next: contexts grow by one token a request, and a request whose tokens
     fill a block takes another. So an iteration costs the same whatever the batch, and the requests are updated once.
     """
-    scheduler, batch, engine = state.scheduler[0], state.batch[0], state.engine[0]
+    scheduler, batch, engine, decision = state.scheduler[0], state.batch[0], state.engine[0], state.decision[0]
     running = seats_taken(state)
     if running != batch.decode_sequences:
         return  # somebody ended
@@ -243,6 +253,7 @@ def _fast_forward(state: State, trace: np.ndarray, until_s: float, limit: int) -
     if waiting != NONE:
         due_s = min(due_s, state.requests[waiting].deadline_s)
     immediate, best_efforts = 0, 0
+    next_due_s, least_tpot_s = np.inf, np.inf
     block_size = engine.block_size
     crossings = np.zeros(block_size, np.int64)
     for i in range(running):
@@ -255,7 +266,12 @@ def _fast_forward(state: State, trace: np.ndarray, until_s: float, limit: int) -
             due_s = min(due_s, request.deadline_s)
         if best_effort(request):
             best_efforts += 1
-    target_s = state.decision[0].deferred_step_s if best_efforts > 0 else np.inf
+        elif not request.missed:
+            next_due_s = min(next_due_s, next_token_due_s(request))
+            least_tpot_s = min(least_tpot_s, request.tpot_slo_s)
+    limited = best_efforts > 0
+    by_slack = decision.deferred_slack > 0 and next_due_s < np.inf
+    target_s = decision.deferred_step_s if limited else np.inf
     now_s = scheduler.now_s
     free, total = scheduler.free_blocks, engine.kv_blocks
     done = 0
@@ -265,6 +281,10 @@ def _fast_forward(state: State, trace: np.ndarray, until_s: float, limit: int) -
         taken = crossings[done % block_size]
         batch.decode_context += running
         predicted_s = step_time(engine, batch)
+        if limited and by_slack:
+            # At least the slack that `plan` would find: exact where all promise the same pace.
+            target_s = min(decision.deferred_step_s, decision.deferred_slack * (next_due_s - now_s))
+            next_due_s += least_tpot_s
         if taken > free or predicted_s > target_s * (1.0 - 1e-9):
             break
         free -= taken
@@ -293,13 +313,10 @@ def _book_decodes(state: State, done: int) -> None:
         need = blocks_for(request.computed + done, state.engine[0].block_size) - request.kv_blocks
         if need > 0:
             allocate(state, r, need)
-        paced = paced_prompt(request) if request.request_class == DEFERRED else 0
         request.computed += done
         request.generated += done
         request.last_token_s = scheduler.now_s
         group = state.classes[request.request_class]
         group.output_done += done
-        if request.request_class == DEFERRED:
-            group.paced_prompt += paced_prompt(request) - paced
         state.tenants[request.tenant].service += OUTPUT_SERVICE * done
     settle(state)

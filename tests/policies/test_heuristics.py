@@ -14,7 +14,7 @@ from flexirl.runtime import simulation, surrogate
 from flexirl.runtime.engine import EngineProfile, load_profile, make_profile
 from flexirl.runtime.invariants import check_invariants
 from flexirl.runtime.policy import Policy, View
-from flexirl.runtime.scheduler import apply, decode_slack
+from flexirl.runtime.scheduler import apply, plan
 from flexirl.runtime.simulation import simulate
 from flexirl.runtime.state import CLASSES, FINISHED, ONE_QUEUE, RUNNING, SHORTEST, WAITING, State
 from flexirl.workloads.scenario import SLO
@@ -212,14 +212,22 @@ def test_qoserve_slack_is_that_of_the_next_token_due() -> None:
     play.step(3)
     requests, scheduler = play.state.requests, play.state.scheduler[0]
     requests["first_token_s"][2] -= 16 * TICK_S  # its tokens are due earlier
-    arguments = (requests, play.state.running, scheduler["running"], play.state.engine[0])
     due_s = float(requests["first_token_s"][2]) + int(requests["generated"][2]) * TOY_SLO.tpot_s
-    now_s = due_s - 5 * TICK_S
-    assert decode_slack(*arguments, now_s) == pytest.approx((5 * TICK_S, 1 * TICK_S, 1))
-    assert decode_slack(*arguments, due_s + 1.0)[0] == 0.0
+    decision = play.state.decision[0]
+    decision["immediate_step_s"] = decision["deferred_step_s"] = np.inf
+    decision["immediate_slack"], decision["deferred_slack"], decision["deferred_decodes"] = 0.5, 1.0, 1.0
+
+    def targets(now_s: float) -> tuple[float, float, int]:
+        scheduler["now_s"] = now_s
+        plan(play.state)
+        return tuple(scheduler[[f"{of}_target_s" for of in ("immediate", "deferred")] + ["deferred_floor"]])
+
+    # The deferred decode runs whatever the slack, and its tick is set aside from the immediate share.
+    assert targets(due_s - 5 * TICK_S) == pytest.approx((1.5 * TICK_S, 5 * TICK_S, 0))
+    assert targets(due_s + 1.0)[1] == 0.0
     # A request whose promise is broken has nothing left to keep.
     requests["missed"][[0, 2]] = 1
-    assert decode_slack(*arguments, now_s)[0] == np.inf
+    assert targets(due_s - 5 * TICK_S)[1] == np.inf
 
 
 def test_qoserve_sizes_chunks_by_the_least_slack_and_runs_all_decodes() -> None:

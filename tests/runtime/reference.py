@@ -81,6 +81,11 @@ class Request:
         return self.sequence - self.computed
 
     @property
+    def decodes(self) -> bool:
+        """Whether its next token follows from the last one alone."""
+        return self.owed == 1 and self.generated > 0
+
+    @property
     def waits(self) -> bool:
         """Whether it is work that may wait."""
         return self.deferred or self.relegated
@@ -110,7 +115,7 @@ class Batch:
     @property
     def decodes(self) -> list[Request]:
         """The requests that feed back a token of their own output."""
-        return [request for request, _ in self.chunks if request.owed == 1 and request.generated > 0]
+        return [request for request, _ in self.chunks if request.decodes]
 
     @property
     def prefills(self) -> list[tuple[Request, int, int]]:
@@ -259,13 +264,13 @@ class Reference:
         """Gives the running requests their tokens."""
         line = [request for request in self.running if (deferred if request.waits else immediate)]
         if self.decision["decodes_first"]:
-            line.sort(key=lambda request: request.owed != 1)  # stable
+            line.sort(key=lambda request: not request.decodes)  # stable
         for request in line:
             if self.budget <= 0:
                 return
             if request.status != RUNNING:
                 continue  # evicted by one ahead of it
-            if request.owed > 1:
+            if not request.decodes:
                 tokens = self.chunk(request, request.computed)
             else:
                 step_s = self.step_s([*self.batch.chunks, (request, 1)])
@@ -279,7 +284,7 @@ class Reference:
         decision = self.decision
         self.targets_s = {False: decision["immediate_step_s"], True: decision["deferred_step_s"]}
         self.floor = decision["deferred_token_floor"]
-        decoding = [request for request in self.running if request.owed == 1 and request.generated > 0]
+        decoding = [request for request in self.running if request.decodes]
         slacks_s = [
             request.first_token_s + request.generated * request.row["tpot_slo_s"] - self.now_s
             for request in decoding

@@ -22,7 +22,7 @@ from flexirl.runtime.step_time import (
     roofline,
     step_time,
     step_time_with_chunk,
-    step_time_with_decode,
+    step_time_with_decodes,
 )
 
 CALIBRATION = Path(__file__).parents[2].parent / "shared" / "calibration"
@@ -99,7 +99,7 @@ def test_one_more_decode_or_chunk_is_a_batch_that_holds_it(
     joined["decode_sequences"] += 1
     joined["sampled_sequences"] += 1
     joined["decode_context"] += context
-    assert step_time_with_decode(engine, batch, context) == pytest.approx(by_hand(engine, joined))
+    assert step_time_with_decodes(engine, batch, 1, context) == pytest.approx(by_hand(engine, joined))
 
 
 def random_batches(count: int, seed: int) -> np.ndarray:

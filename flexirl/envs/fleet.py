@@ -23,7 +23,6 @@ from flexirl.runtime.accounts import Prices
 from flexirl.runtime.borrow import borrow
 from flexirl.runtime.capacity import ServiceTime
 from flexirl.runtime.engine import EngineProfile
-from flexirl.runtime.scheduler import deferred_paced_prompt
 from flexirl.runtime.simulation import promises_by_due_time
 from flexirl.runtime.state import CLASS, State, new_states
 from flexirl.runtime.step_time import BATCH
@@ -299,11 +298,8 @@ def _step_members(
 
 @nb.njit(cache=True)
 def _reward(state, member, promise, reward, began_s, interval_s):
-    immediate, deferred = state.classes[IMMEDIATE], state.classes[DEFERRED]
-    deferred_value = reward.deferred_discount * (
-        reward.prompt_price * deferred_paced_prompt(state)
-        + reward.output_price * (deferred.output_done - deferred.void_output)
-    )
+    immediate = state.classes[IMMEDIATE]
+    deferred_value = reward.deferred_discount * _deferred_worth(state, reward)
     lost_value = reward.prompt_price * immediate.lost_prompt + reward.output_price * immediate.lost_output
     gained, lost = deferred_value - member.deferred_value, lost_value - member.lost_value
     member.deferred_value = deferred_value
@@ -311,3 +307,16 @@ def _reward(state, member, promise, reward, began_s, interval_s):
     in_system = immediate.waiting + immediate.running
     waited = in_system * (state.scheduler[0].now_s - began_s) / promise.ttft_s
     return (reward.deferred * gained - reward.loss * lost) / (reward.scale * interval_s) - reward.waiting * waited
+
+
+@nb.njit(cache=True)
+def _deferred_worth(state, reward):
+    """Deferred work so far at full price: requests finished in time, and those in the batch by their output."""
+    deferred = state.classes[DEFERRED]
+    worth = reward.prompt_price * deferred.kept_prompt + reward.output_price * deferred.kept_output
+    for i in range(state.scheduler[0].running):
+        request = state.requests[state.running[i]]
+        if request.request_class == DEFERRED and request.missed == 0:
+            per_output_token = reward.prompt_price * request.prompt_tokens / request.output_tokens + reward.output_price
+            worth += per_output_token * request.generated
+    return worth

@@ -1,9 +1,10 @@
 """Rewards: what the agent is paid each interval, as weights over events that cannot be moved in time.
 
-Revenue is booked when a request completes, but paying it then would reward whoever brings completions forward. So
-deferred output tokens are credited as they are made, their prompt in step with them (crediting prefill at once would
-reward whoever starts much and finishes little), and taken back if their window closes; an immediate request costs its
-price at the moment its promise can no longer be kept. The undiscounted sum is then the revenue less a constant.
+Revenue is booked when a request completes, but paying it then would reward whoever brings completions forward. So a
+deferred request in the batch is credited by its output, its prompt in step with it (crediting prefill at once would
+reward whoever starts much and finishes little). The credit is suspended while the request is preempted, so that it
+does not pay to start what is evicted again, and lost if its window closes. An immediate request costs its price at the
+moment its promise can no longer be kept. The undiscounted sum is then the revenue less a constant.
 """
 
 from __future__ import annotations

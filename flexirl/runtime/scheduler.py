@@ -285,24 +285,6 @@ def decodes_cost(engine, decodes: int, context: float) -> float:
     return decodes * per_decode_s + context * (engine.per_context_s + engine.per_mixed_context_s)
 
 
-@nb.njit(cache=True, inline="always")
-def paced_prompt(request) -> int:
-    """Prompt tokens that count as paid for by the output so far: in step with it, and all of them at its end."""
-    return np.int64(request.prompt_tokens) * request.generated // request.output_tokens
-
-
-@nb.njit(cache=True)
-def deferred_paced_prompt(state: State) -> int:
-    """`paced_prompt` of all deferred requests so far, less those whose promise broke."""
-    group = state.classes[DEFERRED]
-    tokens = group.paced_prompt - group.void_paced
-    for i in range(state.scheduler[0].running):
-        request = state.requests[state.running[i]]
-        if request.request_class == DEFERRED:
-            tokens += paced_prompt(request)
-    return tokens
-
-
 # ---------------------------------------------------------------------------------------------- running requests
 
 
@@ -520,7 +502,6 @@ def _preempt(state: State, r: int) -> None:
         release(state, r, request.computed)
         request.computed = 0
     request.preemptions += 1
-    group.paced_prompt += paced_prompt(request)
     group.preemptions += 1
     group.preempted += 1
     group.running -= 1
@@ -650,7 +631,6 @@ def _admit(state: State, r: int) -> bool:
         reclaim(state, r)
     request.computed = start
     request.status = RUNNING
-    state.classes[request.request_class].paced_prompt -= paced_prompt(request)
     state.classes[request.request_class].running += 1
     state.running[scheduler.running] = r
     scheduler.running += 1
@@ -832,9 +812,7 @@ def settle_first_tokens(state: State) -> None:
 
 @nb.njit(cache=True)
 def _end_running(state: State, r: int, now_s: float) -> None:
-    group = state.classes[state.requests[r].request_class]
-    group.running -= 1
-    group.paced_prompt += paced_prompt(state.requests[r])
+    state.classes[state.requests[r].request_class].running -= 1
     release(state, r, 0)
     _book_end(state, r, now_s)
 
@@ -865,7 +843,6 @@ def _book_end(state: State, r: int, now_s: float) -> None:
         _book_loss(state, r)
     if request.missed == 1:
         group.void_prompt += request.furthest
-        group.void_paced += paced_prompt(request)
         group.void_output += request.generated
     else:
         group.kept += 1

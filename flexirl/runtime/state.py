@@ -79,13 +79,11 @@ CLASS = np.dtype(  # one record per request class
         ("preemptions", "i8"),
         ("prompt_done", "i8"),  # prompt tokens computed for the first time
         ("output_done", "i8"),  # output tokens produced
-        ("paced_prompt", "i8"),  # the same in step with output (see `paced_prompt`), for requests not running now
         ("kept_prompt", "i8"),  # tokens of requests finished with their promise kept
         ("kept_output", "i8"),
         ("lost_prompt", "i8"),  # tokens of requests whose promise broke
         ("lost_output", "i8"),
-        ("void_prompt", "i8"),  # of prompt_done, paced_prompt and output_done, those of requests whose promise broke
-        ("void_paced", "i8"),
+        ("void_prompt", "i8"),  # of prompt_done and output_done, those of requests whose promise broke
         ("void_output", "i8"),
         ("kept", "i8"),
         ("lost", "i8"),

@@ -94,13 +94,11 @@ def _clear_records(state: State) -> None:
         group.preemptions = 0
         group.prompt_done = 0
         group.output_done = 0
-        group.paced_prompt = 0
         group.kept_prompt = 0
         group.kept_output = 0
         group.lost_prompt = 0
         group.lost_output = 0
         group.void_prompt = 0
-        group.void_paced = 0
         group.void_output = 0
         group.kept = 0
         group.lost = 0

@@ -47,9 +47,9 @@ def test_rewards_sum_to_deferred_work_done_less_immediate_value_lost(steps: int)
     total, state = play(DRAINED, random_actions(DRAINED, 1, steps, seed=1))
     r = state.requests[state.requests["status"] != FUTURE]
     immediate, deferred = r[r["request_class"] == IMMEDIATE], r[r["request_class"] == DEFERRED]
-    alive = deferred[deferred["missed"] == 0]
-    # The prompt is credited in step with the output, in whole tokens.
-    prompts = np.floor(alive["prompt_tokens"] * (alive["generated"] / alive["output_tokens"]) + 1e-9)
+    # What waits after a preemption counts for nothing until it is back in the batch.
+    alive = deferred[(deferred["missed"] == 0) & np.isin(deferred["status"], (RUNNING, FINISHED))]
+    prompts = alive["prompt_tokens"] * (alive["generated"] / alive["output_tokens"])  # in step with the output
     done = DISCOUNT * float((PROMPT_PRICE * prompts + OUTPUT_PRICE * alive["generated"]).sum())
     lost = value(immediate[immediate["missed"] == 1])
     assert total == pytest.approx(done - lost, rel=1e-4, abs=1.0)

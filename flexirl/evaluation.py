@@ -5,15 +5,15 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from flexirl.envs.fleet import Task
-from flexirl.policies.heuristics.tuning import Evaluate, tune
+from flexirl.envs.fleet import Fleet, Task
+from flexirl.policies.heuristics.tuning import tune
 from flexirl.policies.registry import make_policy
 from flexirl.runtime.policy import Policy
 from flexirl.runtime.simulation import Run, simulate
@@ -50,7 +50,7 @@ def compare(
     with tqdm(total=len(policies) * seeds, unit=" runs", desc="comparing", leave=False) as progress:
         for policy in policies:
             progress.set_postfix_str(policy.name)
-            ready = tune(policy, tuning_evaluator(tuning_task or task, base_seed), task.slo, base_seed)
+            ready = tune(policy, TuningEpisodes(tuning_task or task, base_seed), task.slo, base_seed)
             for i, trace in enumerate(traces):
                 run = run_policy(ready, task, trace, i)
                 rows.append(
@@ -82,17 +82,33 @@ def load_of(task: Task, trace: Trace) -> float:
     return float(task.service_time_s(rows).sum() / task.duration_s()) if len(rows) else 0.0
 
 
-def tuning_evaluator(task: Task, base_seed: int, seeds: int = 3) -> Evaluate:
-    """Runs a policy on the tuning episodes of a task and returns its figures, averaged over them."""
-    traces: list[Trace] = []
+class TuningEpisodes:
+    """The episodes of a task on which knobs are searched; see `flexirl.policies.heuristics.tuning.Episodes`."""
 
-    def evaluate(policy: Policy) -> dict[str, float]:
-        if not traces:
-            traces.extend(task.draw(TUNING_SEED + base_seed * 1000 + i) for i in range(seeds))
-        figures = [run_policy(policy, task, trace, i).figures for i, trace in enumerate(traces)]
-        return {name: _mean([row[name] for row in figures]) or 0.0 for name in figures[0]}
+    def __init__(self, task: Task, base_seed: int, seeds: int = 3) -> None:
+        self._task, self._seeds = task, seeds
+        self._seed = TUNING_SEED + base_seed * 1000
+        self._traces: list[Trace] = []
 
-    return evaluate
+    def attainment(self, policy: Policy) -> float:
+        """Share of immediate promises that a policy keeps, averaged over the episodes."""
+        if not self._traces:
+            self._traces = [self._task.draw(self._seed + i) for i in range(self._seeds)]
+        runs = [run_policy(policy, self._task, trace, i) for i, trace in enumerate(self._traces)]
+        return _mean([run.figures["immediate_attainment"] for run in runs]) or 0.0
+
+    def revenues(self, settings: np.ndarray) -> np.ndarray:
+        """Revenue per second of constant dial settings, averaged over the episodes: (n, dials) to (n,)."""
+        task = replace(self._task, action="dials")
+        fleet = Fleet(task, self._seeds * len(settings), len(settings), self._seeds)
+        fleet.reset(self._seed)
+        actions = np.tile(settings, (self._seeds, 1))
+        over = np.zeros(fleet.members, bool)
+        while not over.all():
+            over = fleet.step(actions)[2]
+        revenues = [fleet.episode_figures(m)["revenue_per_s"] for m in range(fleet.members)]
+        fleet.close()
+        return np.reshape(revenues, (self._seeds, len(settings))).mean(axis=0)
 
 
 def _relate_to_anchors(rows: list[Row]) -> None:

@@ -19,16 +19,16 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from torch.utils.tensorboard import SummaryWriter
 
 from flexirl.configured import count_of, load_task, names_of, seed_of
+from flexirl.envs.action import NUM_DIALS
 from flexirl.envs.fleet import Task
 from flexirl.envs.vector import BatchingVecEnv
 from flexirl.errors import UserError
-from flexirl.evaluation import compare, table, tuning_evaluator, write_leaderboard
+from flexirl.evaluation import TuningEpisodes, compare, table, write_leaderboard
 from flexirl.plots import plot_comparison, plot_history, plot_timeline
 from flexirl.policies.agents import ALGORITHMS, make_agent, start_at
 from flexirl.policies.export import export
-from flexirl.policies.heuristics.fixed_dials import FixedDials
-from flexirl.policies.heuristics.tuning import tune
-from flexirl.policies.registry import check_names, make_policy
+from flexirl.policies.heuristics.tuning import search_dials
+from flexirl.policies.registry import check_names
 from flexirl.policies.training import Training
 from flexirl.program import output_folder, run_program
 
@@ -95,11 +95,9 @@ def run(config: DictConfig) -> float:
     env = BatchingVecEnv(task, members, group_size, traces, seed)
     agent = load_agent(config, env, folder, seed)
     if config.resume is None and task.action == "dials" and config.agent.warm_start:
-        policy = make_policy("fixed_dials", {"tune": True})
-        tuned = tune(policy, tuning_evaluator(task, seed), task.slo, seed)
-        assert isinstance(tuned, FixedDials)
-        print(f"starting from the best constant dials found: {np.round(tuned.positions, 2).tolist()}")
-        start_at(agent, tuned.positions.tolist())
+        dials = search_dials(np.zeros(NUM_DIALS), TuningEpisodes(task, seed), seed)
+        print(f"starting from the best constant dials found: {np.round(dials, 2).tolist()}")
+        start_at(agent, dials.tolist())
     watching = Training(
         held_out, folder, total_steps, every_steps, episodes, VALIDATION_SEED + seed, bool(config.progress)
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -76,14 +77,26 @@ def plot_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     colours = [IMMEDIATE_COLOUR if name.startswith("learned") else NEUTRAL for name in policies]
     bars.barh(policies, means, xerr=spread, color=colours, error_kw={"elinewidth": 1})
     bars.set(xlabel="revenue per s (price units; line: one standard deviation over seeds)")
-    for name, colour in zip(policies, colours, strict=True):
-        attainment = _values(rows, name, "immediate_attainment")
-        if attainment:
-            x, y = np.mean(_values(rows, name, "deferred_tokens_per_s")), np.mean(attainment)
-            frontier.scatter(x, y, color=colour, s=18)
-            frontier.annotate(name, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
-    frontier.set(xlabel="deferred tokens per s", ylabel="immediate attainment")
+    points = {
+        name: (float(np.mean(_values(rows, name, "deferred_tokens_per_s"))), float(np.mean(attainment)))
+        for name in policies
+        if (attainment := _values(rows, name, "immediate_attainment"))
+    }
+    for name, (x, y) in points.items():
+        frontier.scatter(x, y, color=colours[policies.index(name)], s=18)
+    frontier.set(xlabel="deferred tokens per s", ylabel="immediate attainment", ylim=(-0.05, 1.1))
+    _label(frontier, points)
     figure.savefig(path)
+
+
+def _label(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Names points in a column beside the axes, in their order from top to bottom, so that no name covers another."""
+    ranked = sorted(points, key=lambda name: -points[name][1])
+    for name, height in zip(ranked, np.linspace(1.0, 0.0, max(len(ranked), 2)), strict=False):
+        axes.annotate(
+            name, points[name], (1.04, height), textcoords="axes fraction", fontsize=7, va="center",
+            arrowprops={"arrowstyle": "-", "color": NEUTRAL, "linewidth": 0.4},
+        )  # fmt: skip
 
 
 def _values(rows: Sequence[Mapping[str, Any]], policy: str, name: str) -> list[float]:

@@ -67,7 +67,7 @@ PREEMPTS = len(GRID) - 1  # the choice that preempts: masked where nothing defer
 
 @nb.njit(cache=True)
 def set_dials(state: State, dials: np.ndarray, tpot_s: float, immediate_order: int, deferred_order: int) -> None:
-    """Writes the decision that `dials` (float, NUM_DIALS) stand for into the state."""
+    """Writes the decision that `dials` (float, NUM_DIALS, cut to [-1, 1]) stand for into the state."""
     decision = state.decision[0]
     decision.discipline = CLASSES
     decision.decodes_first = 1
@@ -83,6 +83,7 @@ def set_dials(state: State, dials: np.ndarray, tpot_s: float, immediate_order: i
     decision.reserve_clip = np.inf
     decision.order_weight_s = ORDER_WEIGHT_S
     decision.expected_output = 0.0
+    dials = np.minimum(np.maximum(dials, -1.0), 1.0)
     decision.immediate_slack = 0.9 + 0.6 * dials[0]
     decision.deferred_slack = 0.7 + 0.6 * dials[1]
     decision.deferred_decodes = 0.5 + 0.5 * dials[2]
@@ -107,7 +108,7 @@ def set_scores(state: State, scores: np.ndarray, tpot_s: float) -> None:
     for i in range(VISIBLE):
         if numbers[i] != NONE:
             prior = 1.0 if state.requests[numbers[i]].request_class == IMMEDIATE else 0.0
-            rescore(state, numbers[i], prior + scores[i])
+            rescore(state, numbers[i], prior + min(max(scores[i], -1.0), 1.0))
 
 
 def decision_from_dials(dials: np.ndarray, view: View) -> np.ndarray:

@@ -29,7 +29,6 @@ from flexirl.workloads.trace import DEFERRED
 _LOG = logging.getLogger(__name__)
 _NUMBERS = {"dials": actions.NUM_DIALS, "grid": len(actions.GRID), "scores": observation.VISIBLE}
 _LOGGED_FAILURES = 3
-_LOW, _HIGH = np.float32(-1.0), np.float32(1.0)
 
 
 # The fallback must be ready at once, without a search, and hold for a whole interval when it is asked but once in it.
@@ -98,7 +97,7 @@ class LearnedPolicy:
             action, raw = self._run(self._observer(view.state))
             if not (_finite(raw) and (self._kind == "grid" or _finite(action))):
                 return self._fall_back(view, "not finite")
-            numbers = self._dials(action, raw, view) if self._kind == "grid" else _within_bounds(action)
+            numbers = self._dials(action, raw, view) if self._kind == "grid" else action
             if self.time_limit_s is not None and time.perf_counter() - began > self.time_limit_s:
                 return self._fall_back(view, "too late")
         except Exception as error:  # whatever a foreign file does, the engine goes on
@@ -154,13 +153,8 @@ def _open(path: Path) -> tuple[onnxruntime.InferenceSession, dict[str, Any]]:
     return session, metadata
 
 
-# The two below take a fifth of the time of np.isfinite(...).all() and np.clip, which is felt in a decision.
 def _finite(numbers: np.ndarray) -> bool:
-    return math.isfinite(numbers.dot(numbers))
-
-
-def _within_bounds(numbers: np.ndarray) -> np.ndarray:
-    return np.minimum(np.maximum(numbers, _LOW), _HIGH)
+    return math.isfinite(numbers.dot(numbers))  # in a fifth of the time of np.isfinite(...).all()
 
 
 def _first_line(error: Exception) -> str:

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from toys import TICK_S, toy_engine
 
 from flexirl.errors import UserError
 from flexirl.policies.heuristics.base import slo_token_budget
 from flexirl.policies.registry import make_policy, policy_names
 from flexirl.runtime import simulation, surrogate
-from flexirl.runtime.engine import EngineProfile, load_profile, make_profile
+from flexirl.runtime.engine import EngineProfile, load_profile
 from flexirl.runtime.invariants import check_invariants
 from flexirl.runtime.policy import Policy, View
 from flexirl.runtime.scheduler import apply, plan
@@ -20,24 +21,7 @@ from flexirl.runtime.state import CLASSES, FINISHED, ONE_QUEUE, RUNNING, SHORTES
 from flexirl.workloads.scenario import SLO
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE, Trace, empty_rows
 
-TICK_S = 2.0**-10
 TOY_SLO = SLO(ttft_s=1024 * TICK_S, tpot_s=32 * TICK_S)
-
-
-def toy_engine(**changes: float) -> EngineProfile:
-    """16 ticks an iteration and one more per token; 8 blocks of 4 tokens, 4 seats."""
-    figures: dict[str, float] = {
-        "base_s": 16 * TICK_S,
-        "per_token_s": TICK_S,
-        "kv_blocks": 8,
-        "block_size": 4,
-        "max_tokens_per_step": 64,
-        "max_running": 4,
-        "max_model_len": 32,
-    }
-    return make_profile("toy", {**figures, **changes}, {}, {})
-
-
 LARGE = {"kv_blocks": 64, "max_model_len": 256}
 
 

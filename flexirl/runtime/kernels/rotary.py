@@ -43,11 +43,12 @@ def rotary_write_kv_reference(
     slots: Tensor,
 ) -> Tensor:
     """`rotary_write_kv` in PyTorch."""
-    write_kv_reference(_rotate(key, cos, sin), value, key_cache, value_cache, slots)
-    return _rotate(query, cos, sin)
+    write_kv_reference(rotate(key, cos, sin), value, key_cache, value_cache, slots)
+    return rotate(query, cos, sin)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: (T, heads, head_dim), each head's halves rotated against each other; cos, sin: (T, head_dim)."""
     first, second = x.chunk(2, -1)
     return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
 

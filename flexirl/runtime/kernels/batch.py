@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -29,11 +29,23 @@ class AttentionBatch:
     block_table: Tensor  # int32 (S, max_blocks): the cache blocks of each sequence, in order
     block_size: int
     work: WorkList | None  # what the Triton version does; None for a batch on the CPU
+    _gather_buffers: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def groups(self) -> list[SequenceGroup]:
         """The sequences in groups that the PyTorch reference attends for together; made at first use."""
         return group_sequences(self.query_lens, self.host_context_lens, self.block_table, self.block_size)
+
+    def gather_buffers(self, cache: Tensor) -> list[Tensor]:
+        """Two buffers of the cache's kind that hold the largest group's blocks.
+
+        All groups and layers use the same: memory that is new to the process costs more than copying into it.
+        """
+        kind = (cache.shape[1:], cache.dtype)
+        if kind not in self._gather_buffers:
+            largest = max(len(group.blocks) for group in self.groups)
+            self._gather_buffers[kind] = [cache.new_empty(largest, *cache.shape[1:]) for _ in range(2)]
+        return self._gather_buffers[kind]
 
     def copy_(self, other: AttentionBatch) -> None:
         """Puts another batch, of the same shapes, into this one's tensors, where a captured CUDA graph reads them."""

@@ -63,8 +63,8 @@ def group_sequences(
     # From here on one row per sequence in this order: everything is made for all groups at once and then divided.
     first_token = (np.cumsum(query_lens) - query_lens)[order]
     query_lens, context_lens, blocks = query_lens[order], context_lens[order], blocks[order]
-    bounds = starts(np.array(sizes))
-    widths = blocks[bounds[1:] - 1]
+    first = starts(np.array(sizes))[:-1]  # rows at which groups begin
+    widths = np.maximum.reduceat(blocks, first)
     width = np.repeat(widths, sizes)
     tails = width * block_size - context_lens
 
@@ -77,7 +77,7 @@ def group_sequences(
     stale = np.repeat(ramps(np.array(sizes)) * width * block_size + context_lens, tails) + ramps(tails)
 
     parts = [
-        torch.from_numpy(flat).to(block_table.device).split(np.diff(starts(lengths)[bounds]).tolist())
+        torch.from_numpy(flat).to(block_table.device).split(np.add.reduceat(lengths, first).tolist())
         for flat, lengths in ((tokens, query_lens), (positions, query_lens), (table, width), (stale, tails))
     ]
     return list(map(SequenceGroup, sizes, (widths * block_size).tolist(), *parts))

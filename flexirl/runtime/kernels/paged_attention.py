@@ -57,9 +57,11 @@ def paged_attention_reference(
     for group in batch.groups:
         sequences, query_len = group.sequences, len(group.tokens) // group.sequences
         shape = (sequences, group.padded_len, num_kv_heads, head_dim)
+        gathered = [buffer[: len(group.blocks)] for buffer in batch.gather_buffers(key_cache)]
+        torch.index_select(key_cache, 0, group.blocks, out=gathered[0])
+        torch.index_select(value_cache, 0, group.blocks, out=gathered[1])
         keys, values = (
-            cache.index_select(0, group.blocks).flatten(0, 1).index_fill_(0, group.stale, 0).view(shape).transpose(1, 2)
-            for cache in (key_cache, value_cache)
+            tensor.flatten(0, 1).index_fill_(0, group.stale, 0).view(shape).transpose(1, 2) for tensor in gathered
         )
         # A decode's query heads of one KV head become rows, so that they share its keys.
         rows = (sequences, num_kv_heads, -1, head_dim) if query_len == 1 else (sequences, query_len, -1, head_dim)

@@ -61,6 +61,7 @@ TUNE_DECODES, TUNE_MIXED = DECODE_CASES[2], MIXED_CASES[2]
 def measure(call: Callable[[], object], seconds: float = 0.1, replays: int = 7) -> float:
     """Median seconds of one `call` on the device, from replays of a CUDA graph that holds about `seconds` of calls."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):  # compiles, and fills the allocator
             call()
@@ -223,7 +224,7 @@ def sdpa_calls(case: Case) -> Callable[[], object]:
 
 def flex_calls(case: Case) -> Callable[[], object]:
     """The chunk's and the decodes' attention by compiled FlexAttention."""
-    torch._dynamo.reset()  # past a few shapes it would silently stop to compile
+    torch.compiler.reset()  # past a few shapes it would silently stop to compile
     attention = torch.compile(flex_attention, dynamic=False)
     decodes = len(case.query_lens) - 1
     keys, values = case.contiguous(slice(0, decodes))

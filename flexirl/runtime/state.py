@@ -48,6 +48,7 @@ REQUEST = np.dtype(
         ("cached_blocks", "i4"),  # freed by preemption, not yet reallocated, so reusable on return
         ("cached_segment", "i4"),  # where in the ring of freed blocks they lie
         ("preemptions", "i4"),
+        ("saved", "i4"),  # tokens whose keys and values are in host memory too, copied there ahead of a preemption
         # Its place in a waiting queue (a skew heap).
         ("left", "i4"),
         ("right", "i4"),
@@ -57,7 +58,7 @@ REQUEST = np.dtype(
         # When it got what.
         ("first_token_s", "f8"),
         ("finish_s", "f8"),
-        ("padding", "f8", (3,)),  # to three cache lines
+        ("padding", "f8", (2,)),  # to three cache lines
     ],
     align=True,
 )

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -321,18 +321,23 @@ def run(quick: bool) -> Iterator[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints a line per figure as it comes, and writes them all."""
+    """Measures what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m flexirl.bench", description="Measures how fast flexirl is.")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, and no start-up")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench.json"), help="where the figures are written")
     options = parser.parse_args(arguments)
-    rows = []
-    for row in run(options.quick):
-        rows.append(row._asdict())
+    report(run(options.quick), options.output)
+
+
+def report(rows: Iterable[Row], output: Path) -> None:
+    """Prints every row as it comes, and writes them all as JSON."""
+    written = []
+    for row in rows:
+        written.append(row._asdict())
         print(f"{row.name:44}{_number(row.value):>16} {row.unit}", flush=True)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"written to {options.output}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(written, indent=1) + "\n")
+    print(f"written to {output}")
 
 
 def _number(value: float) -> str:

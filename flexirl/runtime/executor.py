@@ -37,8 +37,8 @@ class Batch(NamedTuple):
     tokens: np.ndarray  # int64 (T,)
     positions: np.ndarray  # int64 (T,)
     slots: np.ndarray  # int64 (T,): where keys and values go, block * block_size + offset
-    query_lens: np.ndarray  # int32 (N,)
-    context_lens: np.ndarray  # int32 (N,)
+    query_lens: np.ndarray  # int64 (N,)
+    context_lens: np.ndarray  # int64 (N,)
     block_table: np.ndarray  # int32 (N, widest)
     sampled_rows: np.ndarray  # int64 (S,): rows of the T tokens whose logits are wanted
     sampling: np.ndarray | None  # `SAMPLING` (S,); None if all take the most likely token and nothing else is asked
@@ -120,20 +120,15 @@ class ModelExecutor:
     def execute(self, batch: Batch, interrupted: Callable[[], bool] | None) -> Outcome:
         """See `Executor`."""
         try:
-            device = self._cache.device
             attention = plan_attention(
-                batch.query_lens, batch.context_lens, batch.block_table, device, num_heads=self._geometry.heads,
-                num_kv_heads=self._geometry.kv_heads, block_size=self._block_size,
+                batch.query_lens, batch.context_lens, batch.block_table, self._cache.device,
+                num_heads=self._geometry.heads, num_kv_heads=self._geometry.kv_heads, block_size=self._block_size,
             )  # fmt: skip
-            paged = PagedIteration(self._cache, _upload(batch.slots, device), attention, interrupted)
+            paged = PagedIteration(self._cache, _upload(batch.slots, self._cache.device), attention, interrupted)
+            del attention  # so that all it makes is gone when the model is done
             began = time.perf_counter()
-            logits = self._model(
-                input_ids=_upload(batch.tokens, device)[None],
-                position_ids=_upload(batch.positions, device)[None],
-                use_cache=False,
-                logits_to_keep=_upload(batch.sampled_rows, device),
-                paged=paged,
-            ).logits[0]
+            logits = self._logits(batch, paged)
+            del paged
             forward_s = time.perf_counter() - began
             logprobs: dict[int, Logprobs] = {}
             if batch.sampling is None:
@@ -151,6 +146,18 @@ class ModelExecutor:
             if self._cache.is_cuda:
                 torch.cuda.empty_cache()
             raise OutOfMemory from error
+
+    def _logits(self, batch: Batch, paged: PagedIteration) -> Tensor:
+        """(S, vocabulary) of the rows that sample."""
+        device = self._cache.device
+        logits: Tensor = self._model(
+            input_ids=_upload(batch.tokens, device)[None],
+            position_ids=_upload(batch.positions, device)[None],
+            use_cache=False,
+            logits_to_keep=_upload(batch.sampled_rows, device),
+            paged=paged,
+        ).logits[0]
+        return logits
 
 
 def _upload(array: np.ndarray, device: torch.device) -> Tensor:

@@ -32,8 +32,8 @@ class FlatBatch(NamedTuple):
     sample a token."""
 
     requests: np.ndarray  # int32 (N,)
-    query_lens: np.ndarray  # int32 (N,): tokens of each request in this iteration
-    context_lens: np.ndarray  # int32 (N,): tokens it attends to, this iteration's included
+    query_lens: np.ndarray  # int64 (N,): tokens of each request in this iteration
+    context_lens: np.ndarray  # int64 (N,): tokens it attends to, this iteration's included
     blocks: np.ndarray  # int32, (N, widest) row by row: blocks of each request
     tokens: np.ndarray  # int64 (T,)
     positions: np.ndarray  # int64 (T,)
@@ -79,8 +79,8 @@ def new_flat_batch(profile: EngineProfile, longest: int) -> FlatBatch:
     seats, tokens = int(profile.values["max_running"]), int(profile.values["max_tokens_per_step"])
     return FlatBatch(
         requests=np.zeros(seats, np.int32),
-        query_lens=np.zeros(seats, np.int32),
-        context_lens=np.zeros(seats, np.int32),
+        query_lens=np.zeros(seats, np.int64),
+        context_lens=np.zeros(seats, np.int64),
         blocks=np.zeros(seats * longest, np.int32),
         tokens=np.zeros(tokens, np.int64),
         positions=np.zeros(tokens, np.int64),

@@ -176,7 +176,6 @@ class LiveEngine:
         on_step: Callable[[Step], None] | None = None,
     ) -> None:
         profile = executor.profile
-        self.clock = clock or WallClock()
         self.policy = policy
         self.state: State = State(*(array[0] for array in new_states(1, profile, max_requests, num_tenants)))
         self.view = View(self.state, slo)
@@ -223,6 +222,7 @@ class LiveEngine:
         self.tokens = 0
         self._decision_histogram = np.zeros(ITL_BINS, np.int64)
         self._start(seed)
+        self.clock = clock or WallClock()
 
     def _start(self, seed: int) -> None:
         """Sets the state to its beginning, once all is compiled that the first iterations would have to wait for."""
@@ -305,13 +305,14 @@ class LiveEngine:
 
     def drain(self, patience_s: float = 30.0) -> None:
         """Decides and runs until every request has ended, or none could run for `patience_s` under this policy."""
-        iterations, since_s = -1, 0.0
+        iterations, since_s = 0, self.clock.now_s()
         while self.unfinished and not self._stopping:
-            if self._expected or self._inbox or self.state.scheduler["iterations"][0] > iterations:
-                iterations, since_s = self.state.scheduler["iterations"][0], self.view.now_s
-            elif self.view.now_s > since_s + patience_s:
+            now_s = self.clock.now_s()
+            if self._expected or self._inbox or self.view.iterations > iterations:
+                iterations, since_s = self.view.iterations, now_s
+            elif now_s > since_s + patience_s:
                 return
-            self._decide_and_advance(self.view.now_s + patience_s)
+            self._decide_and_advance(now_s + patience_s)
 
     def _decide_and_advance(self, until_s: float) -> None:
         self.decide()
@@ -386,16 +387,23 @@ class LiveEngine:
             elif isinstance(item, str):
                 self._cancel(item)
             else:
-                self.policy = item
-                self.policy.reset(self.view)
-                self.policy_swaps += 1
-                self._decide_now = True
+                self._swap(item)
         if self._expected and self._expected[0][0] <= now_s:
             self._let_pass(now_s)
             while self._expected and self._expected[0][0] <= now_s:
                 arrival_s, _, request = heapq.heappop(self._expected)
                 self._enter(request, arrival_s)
         self._urgent_at_s = self._next_arrival_s(IMMEDIATE) if self._safepoints else _NEVER_S
+
+    def _swap(self, policy: Policy) -> None:
+        try:
+            policy.reset(self.view)
+        except Exception as error:  # requests must not suffer for it
+            _LOG.warning("%s cannot take over (%s); %s goes on", policy.name, error, self.policy.name)
+            return
+        self.policy = policy
+        self.policy_swaps += 1
+        self._decide_now = True
 
     def _next_arrival_s(self, request_class: int) -> float:
         arrivals = (arrival_s for arrival_s, _, request in self._expected if request.request_class == request_class)

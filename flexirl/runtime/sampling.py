@@ -68,7 +68,7 @@ class Sampling:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Sampling:
         """From a JSON object's fields; raises UserError, naming the field, for one that is unknown or bad."""
-        known = {field.name for field in fields(cls)}
+        known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:
                 raise UserError(f"{name!r} is not a field of a request; the sampling fields are {', '.join(known)}.")

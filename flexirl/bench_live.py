@@ -19,9 +19,10 @@ from flexirl.bench import Row, report
 from flexirl.policies.registry import make_policy
 from flexirl.runtime.engine import load_profile
 from flexirl.runtime.executor import Batch, ModelExecutor, Outcome, fit_profile
-from flexirl.runtime.live import Completion, LiveEngine, Request
+from flexirl.runtime.live import LiveEngine
 from flexirl.runtime.models.loading import load_model
 from flexirl.runtime.models.tiny import tiny_model
+from flexirl.runtime.requests import Completion, Request
 from flexirl.runtime.sampling import Sampling
 from flexirl.workloads.scenario import SLO
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
@@ -143,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m flexirl.bench_live", description="Measures the live engine.")
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench_live.json"), help="where figures are written")
+    parser.add_argument("--output", type=Path, default=Path("outputs/bench_live.json"), help="where the figures go")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     repeats = 1 if options.quick else 5

@@ -17,7 +17,8 @@ from flexirl.errors import UserError
 from flexirl.policies.registry import make_policy
 from flexirl.program import output_folder, run_program
 from flexirl.runtime.engine import EngineProfile
-from flexirl.runtime.live import Completion, LiveEngine, Request, Update
+from flexirl.runtime.live import LiveEngine
+from flexirl.runtime.requests import ERROR, Completion, Request, Update
 from flexirl.runtime.sampling import Sampling
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
@@ -41,9 +42,10 @@ def run(config: DictConfig) -> None:
     profile = fit_profile(model, profile, config.engine.kv_blocks, config.engine.host_kv_blocks)
     print(f"{model.name} on {model.device}, {describe(profile)}, policy {policy.name}")
 
-    with open(folder / "completions.jsonl", "w") as file, tqdm(
-        total=len(lines), unit=" requests", disable=not config.progress
-    ) as progress:
+    with (
+        open(folder / "completions.jsonl", "w") as file,
+        tqdm(total=len(lines), unit=" requests", disable=not config.progress) as progress,
+    ):
         printer = Printer(progress.write)
         results = Results(file, progress)
         engine = LiveEngine(
@@ -139,7 +141,7 @@ class Results:
     def fail(self, request_id: str, error: str) -> None:
         """A request could not run."""
         self.failed += 1
-        self._write(Completion(request_id, 0, [], "error", None, 0.0, 0, error))
+        self._write(Completion(request_id, [], ERROR, error=error))
 
     def _write(self, completion: Completion) -> None:
         fields: dict[str, Any] = {

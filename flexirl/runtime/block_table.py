@@ -40,9 +40,7 @@ def new_block_table(max_requests: int, num_blocks: int, longest: int) -> BlockTa
 
 
 @nb.njit(cache=True)
-def reconcile(
-    state: State, table: BlockTable, swapped_out: np.ndarray, swapped_in: np.ndarray
-) -> tuple[int, int]:
+def reconcile(state: State, table: BlockTable, swapped_out: np.ndarray, swapped_in: np.ndarray) -> tuple[int, int]:
     """Makes the table agree with the counts of the scheduler; call it after each `plan`, before anything is computed.
 
     Lists in `swapped_out` and `swapped_in` (int32, as long as the running list) the requests whose keys and values have

@@ -1,8 +1,8 @@
 """Host memory behind the paged cache: where keys and values go when a request is preempted by swap, or ahead of that.
 
 Copying the blocks of a deferred request as they fill leaves little to copy when it is preempted: the incremental
-checkpointing of ConServe (Qiao et al., arXiv 2410.01228). The scheduler counts the host blocks of swapped requests only,
-so checkpoints take what is left and give way.
+checkpointing of ConServe (Qiao et al., arXiv 2410.01228). The scheduler counts the host blocks of swapped requests
+only, so checkpoints take what is left and give way.
 """
 
 from __future__ import annotations
@@ -44,11 +44,10 @@ class HostCache:
 
     def __init__(self, cache: Tensor, blocks: int) -> None:
         planes, _, *block = cache.shape
-        on_gpu = cache.is_cuda
         self._cache = cache
-        self._stage = torch.empty((min(_STAGED, max(blocks, 1)), planes, *block), dtype=cache.dtype, device=cache.device)
-        self._store = torch.empty((blocks, planes, *block), dtype=cache.dtype, pin_memory=on_gpu)
-        self._stream = torch.cuda.Stream(cache.device) if on_gpu else None
+        self._stage = torch.empty((_STAGED, planes, *block), dtype=cache.dtype, device=cache.device)
+        self._store = torch.empty((blocks, planes, *block), dtype=cache.dtype, pin_memory=cache.is_cuda)
+        self._stream = torch.cuda.Stream(cache.device) if cache.is_cuda else None
         self._free = list(range(blocks - 1, -1, -1))
         self._held: dict[int, list[int]] = {}  # host blocks of each request's first blocks, in order
         self._swapped: set[int] = set()

@@ -1,4 +1,4 @@
-"""One iteration of a live engine in compiled code: from the scheduler's plan to a flattened batch, and back to `commit`.
+"""One iteration of a live engine in compiled code: from the plan to a flattened batch, from its tokens to `commit`.
 
 Arrays are made once and filled anew for each iteration; what is valid of them is counted in `Counts`.
 """
@@ -18,13 +18,13 @@ from flexirl.runtime.state import State
 from flexirl.workloads.trace import DEFERRED
 
 
-class Requests(NamedTuple):
+class RequestArrays(NamedTuple):
     """What a live engine keeps of each request beside the scheduler's record: arrays (R,)."""
 
     last_token: np.ndarray  # int64: the token to go on from
     seed: np.ndarray  # uint64
     ends_early: np.ndarray  # bool: an end-of-sequence token ends it
-    watched: np.ndarray  # bool: its tokens are looked at one by one, see `LiveEngine`
+    watched: np.ndarray  # bool: its tokens are looked at one by one
 
 
 class FlatBatch(NamedTuple):
@@ -64,9 +64,9 @@ class Counts(NamedTuple):
     ended_otherwise: int  # requests that did not finish, since the start
 
 
-def new_requests(max_requests: int) -> Requests:
+def new_request_arrays(max_requests: int) -> RequestArrays:
     """Room for `max_requests` requests."""
-    return Requests(
+    return RequestArrays(
         np.zeros(max_requests, np.int64),
         np.zeros(max_requests, np.uint64),
         np.zeros(max_requests, np.bool_),
@@ -99,7 +99,7 @@ def new_flat_batch(profile: EngineProfile, longest: int) -> FlatBatch:
 
 @nb.njit(cache=True)
 def prepare(
-    state: State, table: BlockTable, of_requests: Requests, flat: FlatBatch, save_blocks: int
+    state: State, table: BlockTable, arrays: RequestArrays, flat: FlatBatch, save_blocks: int
 ) -> tuple[int, int, int, int, int, int, int, int, bool, int]:
     """Plans the next iteration, brings the block table up to date and writes the flattened batch; returns `Counts`.
 
@@ -135,7 +135,7 @@ def prepare(
             flat.positions[at] = position
             flat.slots[at] = np.int64(row[position // block_size]) * block_size + position % block_size
         if start >= request.prompt_tokens and start == known - 1:
-            flat.tokens[tokens] = of_requests.last_token[r]
+            flat.tokens[tokens] = arrays.last_token[r]
         else:
             flat.chunks[chunks, 0] = requests
             flat.chunks[chunks, 1] = tokens
@@ -143,7 +143,7 @@ def prepare(
         if end == known:
             flat.sampled[sampled] = r
             flat.sampled_rows[sampled] = tokens + count - 1
-            flat.draws[sampled] = uniform(of_requests.seed[r], request.generated)
+            flat.draws[sampled] = uniform(arrays.seed[r], request.generated)
             flat.stops[sampled] = False
             sampled += 1
         if save_blocks > 0 and request.request_class == DEFERRED:
@@ -162,7 +162,7 @@ def prepare(
 
 @nb.njit(cache=True)
 def finish(
-    state: State, of_requests: Requests, flat: FlatBatch, tokens: np.ndarray, is_end: np.ndarray, elapsed_s: float
+    state: State, arrays: RequestArrays, flat: FlatBatch, tokens: np.ndarray, is_end: np.ndarray, elapsed_s: float
 ) -> tuple[int, int]:
     """Books the sampled tokens and commits the iteration.
 
@@ -172,8 +172,8 @@ def finish(
     ended = 0
     for i in range(len(tokens)):
         r = flat.sampled[i]
-        of_requests.last_token[r] = tokens[i]
-        if of_requests.ends_early[r] and is_end[tokens[i]]:
+        arrays.last_token[r] = tokens[i]
+        if arrays.ends_early[r] and is_end[tokens[i]]:
             flat.stops[i] = True
         if flat.stops[i]:
             stop_after(state, r)

@@ -65,6 +65,11 @@ class Sampling:
         if self.logprobs is not None and not (_is_whole(self.logprobs) and 0 <= self.logprobs <= MOST_LOGPROBS):
             raise UserError(f"logprobs={self.logprobs!r} is not a whole number from 0 to {MOST_LOGPROBS}.")
 
+    @property
+    def plain(self) -> bool:
+        """True if it takes the most likely token and asks for nothing else."""
+        return self.temperature == 0 and self.logprobs is None
+
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Sampling:
         """From a JSON object's fields; raises UserError, naming the field, for one that is unknown or bad."""
@@ -122,7 +127,7 @@ def _draw(logits: Tensor, sampling: np.ndarray, draws: np.ndarray) -> Tensor:
 
 
 def _draw_from_likeliest(logits: Tensor, sampling: np.ndarray, draws: np.ndarray) -> Tensor:
-    values, order = (logits / _column(sampling["temperature"], logits)).sort(-1, descending=True, stable=True)
+    values, order = (logits / _column(sampling["temperature"], logits)).sort(stable=True, dim=-1, descending=True)
     top_k = np.where(sampling["top_k"] > 0, sampling["top_k"], logits.shape[-1])
     ranks = torch.arange(logits.shape[-1], device=logits.device)
     probabilities = values.masked_fill(ranks >= _column(top_k, ranks), -torch.inf).softmax(-1)

@@ -12,11 +12,12 @@ import torch
 
 from flexirl.runtime.block_table import BlockTable, check_blocks, reconcile
 from flexirl.runtime.engine import EngineProfile
-from flexirl.runtime.executor import Batch, Interrupted, OutOfMemory, Outcome
+from flexirl.runtime.executor import Batch, Interrupted, Outcome, OutOfMemory
 from flexirl.runtime.host_cache import HostCache, Moves
 from flexirl.runtime.invariants import check_invariants
-from flexirl.runtime.live import Completion, LiveEngine
+from flexirl.runtime.live import LiveEngine
 from flexirl.runtime.policy import View
+from flexirl.runtime.requests import Completion
 from flexirl.runtime.state import SCORE, default_decision
 from flexirl.workloads.scenario import SLO
 
@@ -128,7 +129,12 @@ class TickClock:
 def random_decision(rng: np.random.Generator, tokens: int) -> np.ndarray:
     """Any decision: disciplines, orders, victims, both modes of preemption, budgets up to `tokens`, everything."""
     decision = default_decision()
-    for name, count in {"discipline": 3, "immediate_order": SCORE + 1, "deferred_order": SCORE + 1, "victim": 4}.items():
+    for name, count in {
+        "discipline": 3,
+        "immediate_order": SCORE + 1,
+        "deferred_order": SCORE + 1,
+        "victim": 4,
+    }.items():
         decision[name] = rng.integers(count)
     for name in ("decodes_first", "preempt_for_immediate"):
         decision[name] = rng.integers(2)
@@ -195,7 +201,7 @@ class LiveRun:
         host: HostCache = self.executor.host
         on_host = [*host._free, *(block for blocks in host._held.values() for block in blocks)]
         assert sorted(on_host) == list(range(len(host._store))), "a host block is held twice or lost"
-        assert set(host._held) <= set(self.engine._entries), "an ended request holds host memory"
+        assert set(host._held) <= set(self.engine._place_of.values()), "an ended request holds host memory"
 
     def drain(self) -> None:
         """Runs until every request has ended."""

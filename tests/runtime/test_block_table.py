@@ -10,7 +10,7 @@ from toys import toy_engine
 from flexirl.runtime import surrogate
 from flexirl.runtime.block_table import BlockTable, check_blocks, new_block_table
 from flexirl.runtime.invariants import check_invariants
-from flexirl.runtime.iteration import FlatBatch, Requests, finish, new_flat_batch, new_requests, prepare
+from flexirl.runtime.iteration import FlatBatch, RequestArrays, finish, new_flat_batch, new_request_arrays, prepare
 from flexirl.runtime.request_table import enter, leave
 from flexirl.runtime.scheduler import abandon, apply, cancel, settle
 from flexirl.runtime.state import RUNNING, WAITING, State, new_states
@@ -37,7 +37,7 @@ def decide_anything(state: State) -> None:
 
 
 @nb.njit(cache=True)
-def storm(state: State, table: BlockTable, of_requests: Requests, flat: FlatBatch, rows: np.ndarray) -> np.ndarray:
+def storm(state: State, table: BlockTable, arrays: RequestArrays, flat: FlatBatch, rows: np.ndarray) -> np.ndarray:
     """Runs a million random steps with a cache whose slots say whose token they hold; returns counts.
 
     Counts: swapped out, swapped in, preempted, abandoned, cancelled, iterations; then errors: stale or foreign slots,
@@ -71,7 +71,7 @@ def storm(state: State, table: BlockTable, of_requests: Requests, flat: FlatBatc
             counts[4] += 1
             cancel(state, r)
         before = state.classes[0].preemptions + state.classes[1].preemptions
-        n, tokens, widest, _, sampled, out, back, _, _, _ = prepare(state, table, of_requests, flat, 0)
+        n, tokens, widest, _, sampled, out, back, _, _, _ = prepare(state, table, arrays, flat, 0)
         counts[2] += state.classes[0].preemptions + state.classes[1].preemptions - before
         counts[0] += out
         counts[1] += back
@@ -113,7 +113,7 @@ def storm(state: State, table: BlockTable, of_requests: Requests, flat: FlatBatc
             counts[5] += 1
             for i in range(sampled):
                 flat.stops[i] = np.random.random() < 0.02
-            finish(state, of_requests, flat, np.zeros(sampled, np.int64), is_end, 0.01)
+            finish(state, arrays, flat, np.zeros(sampled, np.int64), is_end, 0.01)
     return counts
 
 
@@ -126,9 +126,9 @@ def test_blocks_are_exact_after_a_million_steps(caching: int) -> None:
     state = State(*(array[0] for array in new_states(1, engine, PLACES, 1)))
     surrogate.start(state, empty_rows(0), np.zeros(0, np.int32), 0)
     longest = LONGEST // BLOCK_SIZE
-    table, of_requests = new_block_table(PLACES, BLOCKS, longest), new_requests(PLACES)
+    table, arrays = new_block_table(PLACES, BLOCKS, longest), new_request_arrays(PLACES)
     flat = new_flat_batch(engine, longest)
-    counts = storm(state, table, of_requests, flat, empty_rows(1))
+    counts = storm(state, table, arrays, flat, empty_rows(1))
     swapped_out, swapped_in, preempted, abandoned, cancelled, iterations, *errors = counts.tolist()
     assert errors == [0, 0, 0], "a block is stale, held twice or lost"
     assert min(swapped_out, swapped_in, preempted, abandoned, cancelled) > 5_000 and iterations > 500_000
@@ -136,7 +136,7 @@ def test_blocks_are_exact_after_a_million_steps(caching: int) -> None:
     for r in range(PLACES):
         cancel(state, r)
     table.swapped[:] = False
-    prepare(state, table, of_requests, flat, 0)
+    prepare(state, table, arrays, flat, 0)
     check_blocks(state, table)
     assert table.counts.tolist() == [0, BLOCKS] and state.scheduler["free_blocks"][0] == BLOCKS
     assert not np.isin(state.requests["status"], (WAITING, RUNNING)).any()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 from live_toys import END, TICK_S, VOCAB, LiveRun, RandomPolicy, ToyExecutor, alone
 from toys import toy_engine
 
-from flexirl.runtime.live import Request
+from flexirl.runtime.requests import Request
 from flexirl.runtime.sampling import Sampling
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
@@ -29,7 +27,9 @@ def random_request(rng: np.random.Generator, number: int, now_s: float) -> Reque
         request_class=IMMEDIATE if immediate else DEFERRED,
         ttft_s=float(rng.choice([0.1, 1.0, 30.0])) if immediate else None,
         window_s=float(rng.choice([np.inf, np.inf, 0.5])),
-        sampling=Sampling(ignore_eos=bool(rng.random() < 0.3), stop_token_ids=tuple(rng.integers(0, VOCAB, 1).tolist())),
+        sampling=Sampling(
+            ignore_eos=bool(rng.random() < 0.3), stop_token_ids=tuple(rng.integers(0, VOCAB, 1).tolist())
+        ),
         arrival_s=None if rng.random() < 0.7 else now_s + float(rng.random()) / 8,
     )
 
@@ -92,4 +92,4 @@ def everything_is_given_back(run: LiveRun) -> None:
     assert scheduler["free_blocks"] == profile["kv_blocks"] == run.engine._table.counts[1]
     assert scheduler["host_free_blocks"] == profile["host_kv_blocks"] == run.executor.free_host_blocks
     assert scheduler["promises_length"] == scheduler["promises_next"] and scheduler["cached_blocks"] == 0
-    assert not run.engine._entries and len(run.engine._places) == len(run.engine.state.requests)
+    assert not run.engine._place_of and len(run.engine._places) == len(run.engine.state.requests)

@@ -1,8 +1,7 @@
-"""Whatever the schedule, a request's greedy output is what `model.generate` gives for it alone: real models, fp32, CPU."""
+"""Whatever the schedule, a request's greedy output is what `model.generate` gives for it alone: fp32 on the CPU."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,9 @@ from toys import toy_engine
 
 from flexirl.runtime.executor import Batch, ModelExecutor, Outcome
 from flexirl.runtime.host_cache import HostCache
-from flexirl.runtime.live import Request
 from flexirl.runtime.models.loading import LoadedModel, load_model
 from flexirl.runtime.models.tiny import SHAPES, build
+from flexirl.runtime.requests import Request
 from flexirl.runtime.sampling import Sampling
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
@@ -41,6 +40,7 @@ class CheckedExecutor(ModelExecutor):
 
     def execute(self, batch: Batch, interrupted: Any) -> Outcome:
         """Interferes after every layer but the last, when the cache is half written."""
+
         def ask() -> bool:
             self.between_layers()
             return interrupted is not None and interrupted()

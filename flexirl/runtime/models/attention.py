@@ -111,9 +111,9 @@ def _attention(
         if argument is not None and name not in _IGNORED:
             raise Unsupported(f"its attention takes {'attention sinks' if name == 's_aux' else name}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    flat = (states[0].transpose(0, 1) for states in (query, key, value))
+    queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return paged(layer, *flat, scale, sliding_window, softcap)[None], None
+    return paged(layer, queries, keys, values, scale, sliding_window, softcap)[None], None
 
 
 AttentionInterface.register(NAME, _attention)

@@ -190,14 +190,16 @@ def total_memory(device: torch.device) -> int:
 
 def _load(folder: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True,
             trust_remote_code=False, output_loading_info=True,
         )  # fmt: skip
+        model, report = loaded
         missing = sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
         if missing:
             raise UserError(f"Model {folder} has no fitting weights for {missing[0]}; its files are incomplete.")
-        return model.to(device).eval()
+        ready: PreTrainedModel = model.to(device).eval()
+        return ready
     except torch.OutOfMemoryError:
         raise UserError(f"Model {folder} does not fit into the memory of {device}; use a smaller one.") from None
     except UserError:

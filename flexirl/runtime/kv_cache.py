@@ -54,6 +54,20 @@ def release(state: State, r: int, reusable_tokens: int) -> None:
 
 
 @nb.njit(cache=True)
+def trim(state: State, r: int, blocks: int) -> None:
+    """Frees the blocks of request r beyond its first `blocks`, which hold nothing yet."""
+    request = state.requests[r]
+    surplus = request.kv_blocks - blocks
+    if surplus <= 0:
+        return
+    if state.scheduler[0].ring_count > 0:
+        _append(state, NOBODY, surplus)
+    state.scheduler[0].free_blocks += surplus
+    state.classes[request.request_class].kv_blocks -= surplus
+    request.kv_blocks = blocks
+
+
+@nb.njit(cache=True)
 def reclaim(state: State, r: int) -> None:
     """Gives request r back the blocks of its own that nobody else was given."""
     request = state.requests[r]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
-from flexirl.runtime.kv_cache import allocate, blocks_for, forget, reclaim, release
+from flexirl.runtime.kv_cache import allocate, blocks_for, forget, reclaim, release, trim
 from flexirl.runtime.queues import NONE, head, merged_head, owed_tokens, push, remove, reorder
 from flexirl.runtime.state import (
     CANCELLED,
@@ -56,6 +56,7 @@ def submit(state: State, r: int) -> None:
     request.kv_blocks = 0
     request.host_blocks = 0
     request.cached_blocks = 0
+    request.saved = 0
     request.furthest = 0
     request.preemptions = 0
     request.relegated = 0
@@ -174,6 +175,38 @@ def commit(state: State, elapsed_s: float) -> None:
     if one_tenant:
         state.tenants[0].service += OUTPUT_SERVICE * tokens_made
     settle_first_tokens(state)
+
+
+@nb.njit(cache=True)
+def stop_after(state: State, r: int) -> None:
+    """Makes the token that request r samples in the planned iteration its last one.
+
+    A live engine does not know an output's length before it ends: until then `output_tokens` is `max_tokens`, and what
+    was counted on it is put right here, between `plan` and `commit`.
+    """
+    request = state.requests[r]
+    group = state.classes[request.request_class]
+    if request.missed == 1:
+        group.lost_output += request.generated + 1 - request.output_tokens
+    request.output_tokens = request.generated + 1
+    if request.request_class == IMMEDIATE and request.generated > 0:
+        request.deadline_s = min(request.deadline_s, _last_token_due_s(request, request.first_token_s))
+
+
+@nb.njit(cache=True)
+def abandon(state: State, elapsed_s: float) -> None:
+    """Books that the planned iteration was broken off after `elapsed_s` seconds: none of its tokens was computed."""
+    scheduler = state.scheduler[0]
+    scheduler.now_s += elapsed_s
+    scheduler.busy_s += elapsed_s
+    scheduler.kv_block_s += elapsed_s * (_total_blocks(state) - scheduler.free_blocks)
+    state.batch[0].swap_tokens = 0.0
+    for i in range(scheduler.running):
+        r = state.running[i]
+        if state.requests[r].scheduled > 0:
+            state.requests[r].scheduled = 0
+            trim(state, r, blocks_for(state.requests[r].computed, state.engine[0].block_size))
+    settle(state)
 
 
 @nb.njit(cache=True)
@@ -494,8 +527,9 @@ def _preempt(state: State, r: int) -> None:
     if _swaps_out(state, r):
         request.host_blocks = request.kv_blocks
         scheduler.host_free_blocks -= request.host_blocks
-        scheduler.swapped_tokens += request.computed
-        state.batch[0].swap_tokens += request.computed
+        unsaved = max(request.computed - request.saved, 0)
+        scheduler.swapped_tokens += unsaved
+        state.batch[0].swap_tokens += unsaved
         release(state, r, 0)
     else:
         scheduler.recomputed_tokens += request.computed
@@ -519,8 +553,8 @@ def _swaps_out(state: State, r: int) -> bool:
 
 @nb.njit(cache=True)
 def swap_cost(engine, request) -> float:
-    """Seconds to move the request's keys and values to host memory and back."""
-    return 2.0 * request.computed * engine.per_swap_token_s
+    """Seconds to move the request's keys and values to host memory, as far as they are not there yet, and back."""
+    return (request.computed + max(request.computed - request.saved, 0)) * engine.per_swap_token_s
 
 
 @nb.njit(cache=True)
@@ -753,10 +787,13 @@ def _first_token(state: State, r: int, now_s: float) -> None:
     if request.request_class == IMMEDIATE:
         if now_s > request.ttft_deadline_s:
             _book_loss(state, r)
-        # The mean over the tokens after the first is promised, so the last one is due then.
-        request.deadline_s = min(
-            request.deadline_s, now_s + request.tpot_slo_s * max(request.output_tokens - 1, 0) * (1.0 + 1e-9)
-        )
+        request.deadline_s = min(request.deadline_s, _last_token_due_s(request, now_s))
+
+
+@nb.njit(cache=True, inline="always")
+def _last_token_due_s(request, first_token_s: float) -> float:
+    """When an immediate request's last token is due: the mean time of the tokens after the first is promised."""
+    return first_token_s + request.tpot_slo_s * max(request.output_tokens - 1, 0) * (1.0 + 1e-9)
 
 
 @nb.njit(cache=True)

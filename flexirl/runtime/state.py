@@ -49,6 +49,7 @@ REQUEST = np.dtype(
         ("cached_blocks", "i4"),  # freed by preemption, not yet reallocated, so reusable on return
         ("cached_segment", "i4"),  # where in the ring of freed blocks they lie
         ("preemptions", "i4"),
+        ("saved", "i4"),  # tokens whose keys and values are in host memory too, copied there ahead of a preemption
         # Its place in a waiting queue (a skew heap).
         ("left", "i4"),
         ("right", "i4"),

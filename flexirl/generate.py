@@ -1,0 +1,216 @@
+"""Program: runs a file of mixed prompts on the live engine: `python -m flexirl.generate prompts=prompts.jsonl`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from flexirl.configured import count_of, load_engine, load_slo, number, seed_of
+from flexirl.errors import UserError
+from flexirl.policies.registry import make_policy
+from flexirl.program import output_folder, run_program
+from flexirl.runtime.engine import EngineProfile
+from flexirl.runtime.live import LiveEngine
+from flexirl.runtime.requests import ERROR, Completion, Request, Update
+from flexirl.runtime.sampling import Sampling
+from flexirl.workloads.trace import DEFERRED, IMMEDIATE
+
+CLASSES = {"immediate": IMMEDIATE, "deferred": DEFERRED}
+_LINE = 100  # characters of a text printed on one line
+
+
+def run(config: DictConfig) -> None:
+    """Reads, runs, prints and writes; raises UserError for bad configuration, and for a file without a good line."""
+    # Transformers takes seconds to import, which whoever mistyped an option need not wait for.
+    from flexirl.runtime.executor import ModelExecutor, fit_profile
+    from flexirl.runtime.models.loading import load_model
+
+    folder = output_folder()
+    path = Path(str(config.prompts))
+    lines = read_lines(path)
+    policy, profile, slo = make_policy(str(config.policy)), load_engine(config.engine), load_slo(config.slo)
+    max_tokens = count_of(config.max_tokens, "max_tokens")
+    OmegaConf.save(config, folder / "config.yaml", resolve=True)
+    model = load_model(config.model, config.device, config.dtype)
+    profile = fit_profile(model, profile, config.engine.kv_blocks, config.engine.host_kv_blocks)
+    print(f"{model.name} on {model.device}, {describe(profile)}, policy {policy.name}")
+
+    with (
+        open(folder / "completions.jsonl", "w") as file,
+        tqdm(total=len(lines), unit=" requests", disable=not config.progress) as progress,
+    ):
+        printer = Printer(progress.write)
+        results = Results(file, progress)
+        engine = LiveEngine(
+            ModelExecutor(model, profile), policy, slo, model.tokenizer,
+            interval_s=number(config.interval_s, "interval_s"), max_requests=len(lines),
+            save_blocks=config.save_blocks, safepoints=config.safepoints, seed=seed_of(config.seed),
+            on_end=results.end,
+        )  # fmt: skip
+        for place, line in lines:
+            request_id = place
+            try:
+                fields = json_object(line)
+                request_id = str(fields.pop("id", place))
+                request = parse(request_id, fields, model.tokenizer, max_tokens, printer if config.stream else None)
+                engine.add_request(request)
+                results.expected[request_id] = request.request_class
+            except UserError as error:
+                results.fail(request_id, str(error))
+        try:
+            engine.drain()
+        except KeyboardInterrupt:
+            progress.write("interrupted; what has ended is written")
+        for request_id in results.expected:
+            results.fail(request_id, f"It did not end under policy {policy.name}; choose another one.")
+    print(summary(results, engine.metrics()))
+    print(f"written to {folder / 'completions.jsonl'}")
+
+
+def read_lines(path: Path) -> list[tuple[str, str]]:
+    """The lines of a file that are not blank, each with its place ("line 3"); raises UserError if there are none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"prompts={path} does not exist.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts={path} cannot be read as UTF-8 text ({error}).") from None
+    lines = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"prompts={path} is empty; give it one JSON object a line.")
+    return lines
+
+
+def json_object(line: str) -> dict[str, Any]:
+    """The fields of a line; raises UserError for anything but a JSON object."""
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"This is not JSON ({error}).") from None
+    if not isinstance(fields, dict):
+        raise UserError('This is not a JSON object; write {"prompt": "..."}.')
+    return fields
+
+
+def parse(
+    request_id: str, fields: dict[str, Any], tokenizer: Any, max_tokens: int, listener: Callable[[Update], None] | None
+) -> Request:
+    """The request with these fields, whose id is taken out; raises UserError, naming the field."""
+    kind = fields.pop("class", "immediate")
+    if kind not in CLASSES:
+        raise UserError(f"class={kind!r} is neither immediate nor deferred.")
+    text, tokens = fields.pop("prompt", None), fields.pop("prompt_token_ids", None)
+    if (text is None) == (tokens is None):
+        raise UserError("A request needs either a prompt or prompt_token_ids.")
+    if tokens is None:
+        if tokenizer is None:
+            raise UserError("The model has no tokenizer; give prompt_token_ids in place of a prompt.")
+        if not isinstance(text, str):
+            raise UserError(f"prompt={text!r} is not a text.")
+        tokens = tokenizer(text)["input_ids"]
+    elif not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+        raise UserError("prompt_token_ids is not a list of whole numbers.")
+    limit = fields.pop("max_tokens", max_tokens)
+    if type(limit) is not int:
+        raise UserError(f"max_tokens={limit!r} is not a whole number.")
+    return Request(request_id, tokens, limit, CLASSES[kind], Sampling.of(fields), listener=listener)
+
+
+class Results:
+    """Completions as they come, each written at once."""
+
+    def __init__(self, file: TextIO, progress: tqdm[Any]) -> None:
+        self.expected: dict[str, int] = {}  # classes of the requests that run
+        self.ended: dict[int, list[Completion]] = {IMMEDIATE: [], DEFERRED: []}
+        self.failed = 0
+        self._file = file
+        self._progress = progress
+
+    def end(self, completion: Completion) -> None:
+        """A request has ended."""
+        self.ended[self.expected.pop(completion.id)].append(completion)
+        self._write(completion)
+
+    def fail(self, request_id: str, error: str) -> None:
+        """A request could not run."""
+        self.failed += 1
+        self._write(Completion(request_id, [], ERROR, error=error))
+
+    def _write(self, completion: Completion) -> None:
+        fields: dict[str, Any] = {
+            "id": completion.id, "token_ids": completion.token_ids, "text": completion.text,
+            "finish_reason": completion.finish_reason, "ttft_s": completion.ttft_s, "e2e_s": completion.e2e_s,
+            "preemptions": completion.preemptions,
+        }  # fmt: skip
+        if completion.logprobs:
+            fields["logprobs"] = [{"token": each.token, "likeliest": each.likeliest} for each in completion.logprobs]
+        if completion.error is not None:
+            fields["error"] = completion.error
+            self._progress.write(f"{completion.id}: {completion.error}")
+        self._file.write(json.dumps(fields) + "\n")
+        self._file.flush()
+        self._progress.update()
+
+
+class Printer:
+    """Prints the texts of many requests side by side, whole lines of one request at a time."""
+
+    def __init__(self, write: Callable[[str], Any]) -> None:
+        self._write = write
+        self._pending: dict[str, str] = {}
+
+    def __call__(self, update: Update) -> None:
+        """Prints what the update makes complete."""
+        text = self._pending.pop(update.id, "") + update.text
+        *whole, rest = text.split("\n")
+        while len(rest) >= _LINE:
+            whole.append(rest[:_LINE])
+            rest = rest[_LINE:]
+        if update.completion is not None:
+            whole += [*([rest] if rest else []), f"[{update.completion.finish_reason}]"]
+        elif rest:
+            self._pending[update.id] = rest
+        for line in whole:
+            # A model may say anything, and a terminal would obey some of it.
+            harmless = "".join(character if character.isprintable() else "·" for character in line)
+            self._write(f"{update.id} | {harmless}")
+
+
+def describe(profile: EngineProfile) -> str:
+    """The engine's limits in a few words."""
+    figures = profile.values
+    return f"{figures['kv_blocks']} blocks of {figures['block_size']} tokens, {figures['max_running']} seats"
+
+
+def summary(results: Results, metrics: dict[str, float]) -> str:
+    """What came of all requests, in a few lines."""
+    lines = []
+    for name, request_class in CLASSES.items():
+        ended = results.ended[request_class]
+        if not ended:
+            continue
+        reasons = Counter(completion.finish_reason for completion in ended)
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+        ttft_s = [completion.ttft_s for completion in ended if completion.ttft_s is not None]
+        waits = f"; TTFT median {np.median(ttft_s):.3f} s, P99 {np.percentile(ttft_s, 99):.3f} s" if ttft_s else ""
+        lines.append(f"{len(ended)} {name}: {counts}{waits}")
+    if results.failed:
+        lines.append(f"{results.failed} did not run")
+    duration_s = max((completion.e2e_s for ended in results.ended.values() for completion in ended), default=0.0)
+    lines.append(
+        f"{metrics['tokens']:.0f} tokens in {duration_s:.2f} s, {metrics['iterations']:.0f} iterations, "
+        f"{metrics['preemptions']:.0f} preemptions; decisions took {1e6 * metrics['decision_median_s']:.0f} "
+        f"microseconds in the median, {1e6 * metrics['decision_p99_s']:.0f} at P99"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_program("generate", run)

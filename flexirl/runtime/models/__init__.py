@@ -1,0 +1,1 @@
+"""Models: any decoder of Transformers in a local folder, run with paged attention."""

@@ -1,0 +1,119 @@
+"""Our attention inside any Transformers model: registered once, it takes each layer's queries, keys and values.
+
+A model passes keyword arguments it does not know down to the attention function; `paged` is the one that carries an
+iteration. With it, keys and values go to the paged cache and queries attend over block tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from flexirl.runtime.kernels import AttentionBatch, paged_attention, write_kv
+
+NAME = "flexirl_paged"
+# Keyword arguments without a meaning here: no dropout in inference, positions are in the batch, the cache is ours.
+_IGNORED = {"dropout", "position_ids", "use_cache", "cache_position", "is_causal", "output_attentions"}
+
+
+class Interrupted(Exception):
+    """The iteration was broken off between two layers; nothing of it counts."""
+
+
+class Unsupported(Exception):
+    """The model asks for an attention that is not implemented; the message says which, to follow a colon."""
+
+
+class Attend(Protocol):
+    """What a layer's attention is handed to: query (T, heads, dim), key and value (T, kv_heads, dim)."""
+
+    def __call__(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """The attended values, (T, heads, dim)."""
+        ...
+
+
+class PagedIteration:
+    """Attention of one iteration over the paged cache.
+
+    cache: (2 x layers, num_blocks, block_size, kv_heads, dim), keys and values of the layers in turn; slots: int64
+    (T,); interrupted: asked between layers, True breaks the iteration off; None: never.
+    """
+
+    def __init__(
+        self, cache: Tensor, slots: Tensor, batch: AttentionBatch, interrupted: Callable[[], bool] | None = None
+    ) -> None:
+        self._cache = cache
+        self._slots = slots
+        self._batch = batch
+        self._interrupted = interrupted
+        self._layer_done: Any = None
+
+    def __call__(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """See `Attend`; raises Interrupted."""
+        if self._interrupted is not None:
+            self._keep_pace(query)
+            if self._interrupted():
+                raise Interrupted
+        keys, values = self._cache[2 * layer], self._cache[2 * layer + 1]
+        write_kv(key, value, keys, values, self._slots)
+        return paged_attention(query, keys, values, self._batch, scale, sliding_window, softcap)
+
+    def _keep_pace(self, query: Tensor) -> None:
+        """Stays at most one layer ahead of the device, or an iteration would be launched whole before it can stop."""
+        if query.is_cuda:
+            done = torch.cuda.Event()
+            done.record()
+            if self._layer_done is not None:
+                self._layer_done.synchronize()
+            self._layer_done = done
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    paged: Attend | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What Transformers calls for each layer, with query (1, heads, T, dim); returns (1, T, heads, dim)."""
+    if paged is None:
+        raise Unsupported("its layers do not pass on what the attention function needs")
+    if attention_mask is not None:
+        raise Unsupported("it masks attention in a way of its own")
+    for name, argument in others.items():
+        if argument is not None and name not in _IGNORED:
+            raise Unsupported(f"its attention takes {'attention sinks' if name == 's_aux' else name}")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return paged(layer, queries, keys, values, scale, sliding_window, softcap)[None], None
+
+
+AttentionInterface.register(NAME, _attention)

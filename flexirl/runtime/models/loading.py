@@ -1,0 +1,308 @@
+"""Loads a model from a local Hugging Face folder, or says in one sentence why it cannot be run.
+
+Nothing is downloaded, unpickled or executed from the folder. A model is not trusted to be what its configuration says:
+before it is used, it must give the same logits with paged attention as with Transformers' own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from flexirl.errors import UserError
+from flexirl.runtime.kernels import plan_attention
+from flexirl.runtime.kv_cache import blocks_for
+from flexirl.runtime.models.attention import NAME, PagedIteration, Unsupported
+from flexirl.runtime.models.tiny import SHAPES, tiny_model
+
+_PROBE_TOKENS, _PROBE_BLOCK = 40, 16
+# Largest distance between two ways to compute the same logits, relative to their length.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What the model's attention layers turned out to be."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A decoder ready to run with paged attention.
+
+    max_len: longest sequence it was made for; end_tokens: those that end an output; tokenizer: None if the folder has
+    none, so that only token numbers can be used.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: Any
+    geometry: Geometry
+    vocab_size: int
+    max_len: int
+    end_tokens: tuple[int, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and so of keys and values."""
+        return self.model.dtype
+
+
+def load_model(name_or_path: str | Path, device: str = "cpu", dtype: str | None = None) -> LoadedModel:
+    """One of the tiny models by name, or the model in a folder.
+
+    dtype: float32, bfloat16 or float16; None takes float32 on a CPU and bfloat16 elsewhere. Raises UserError for a
+    folder that is missing, incomplete, damaged or pickled, for a model that cannot be run, and where memory is short.
+    """
+    where = _device(device)
+    wanted = _dtype(dtype or ("float32" if where.type == "cpu" else "bfloat16"))
+    with _quiet():
+        folder = tiny_model(str(name_or_path)) if str(name_or_path) in SHAPES else Path(name_or_path)
+        if not folder.is_dir():
+            raise UserError(f"model={name_or_path} is neither a folder nor one of {', '.join(SHAPES)}.")
+        config = _config(folder)
+        _check_weights(folder, where, wanted)
+        model = _load(folder, config, where, wanted)
+        tokenizer = _tokenizer(folder)
+        geometry, vocab_size = _probe(model, folder)
+    text_config = config.get_text_config()
+    return LoadedModel(
+        name=str(name_or_path) if str(name_or_path) in SHAPES else folder.resolve().name,
+        model=model,
+        tokenizer=tokenizer,
+        geometry=geometry,
+        vocab_size=vocab_size,
+        max_len=int(getattr(text_config, "max_position_embeddings", None) or np.iinfo(np.int32).max),
+        end_tokens=_end_tokens(model, tokenizer),
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Transformers' progress bars and warnings are for its own users; ours get one sentence."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"device={name} is not known; choose cpu or cuda.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda needs a CUDA device and a CUDA build of PyTorch, which are not here; use cpu.")
+    return device
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in _TOLERANCE}
+    if name not in dtypes:
+        raise UserError(f"dtype={name} is not known; choose from {', '.join(dtypes)}.")
+    return dtypes[name]
+
+
+def _config(folder: Path) -> PretrainedConfig:
+    """The model's configuration, unless it says by itself that the model cannot be run."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"Model {folder} has no usable config.json: {_first_line(error)}") from None
+    text = config.get_text_config()
+    ropes = getattr(text, "rope_parameters", None) or {}
+    rope_types = {rope.get("rope_type") for rope in (ropes, *ropes.values()) if isinstance(rope, dict)}
+    rope = next((kind for kind in ("dynamic", "longrope") if kind in rope_types), None)
+    reason = None
+    if config.is_encoder_decoder:
+        reason = "it is an encoder-decoder, and only decoders are supported"
+    elif any(getattr(config, part, None) is not None for part in ("vision_config", "audio_config")):
+        reason = "it reads more than text, and only text decoders are supported"
+    elif getattr(config, "quantization_config", None) is not None:
+        reason = "its weights are quantised; use the original ones"
+    elif rope is not None:
+        reason = f"its {rope} rotary embedding depends on the longest sequence beside it in a batch"
+    elif "chunked_attention" in (getattr(text, "layer_types", None) or ()):
+        reason = "chunked attention is not supported"
+    elif type(config) not in AutoModelForCausalLM._model_mapping:
+        reason = f"Transformers knows no language model of type {config.model_type}"
+    if reason is not None:
+        raise _refusal(folder, reason)
+    return config
+
+
+def _check_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises UserError unless the folder has safetensors files that open and will fit."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(kind))
+        if pickled:
+            raise UserError(f"Model {folder} has pickled weights ({pickled[0]}); convert them to safetensors first.")
+        raise UserError(f"Model {folder} has no weights; it needs safetensors files.")
+    parameters = 0
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():
+                    parameters += int(np.prod(tensors.get_slice(name).get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is not a readable safetensors file: {_first_line(error)}") from None
+    needed, there = parameters * dtype.itemsize, total_memory(device)
+    if needed > there:
+        raise UserError(
+            f"Model {folder} needs {needed / 2**30:.1f} GiB for its weights and {device.type} has "
+            f"{there / 2**30:.1f} GiB; use a smaller model or a smaller dtype."
+        )
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory of a device, used or not."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _load(folder: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True,
+            trust_remote_code=False, output_loading_info=True,
+        )  # fmt: skip
+        model, report = loaded
+        missing = sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
+        if missing:
+            raise UserError(f"Model {folder} has no fitting weights for {missing[0]}; its files are incomplete.")
+        ready: PreTrainedModel = model.to(device).eval()
+        return ready
+    except torch.OutOfMemoryError:
+        raise UserError(f"Model {folder} does not fit into the memory of {device}; use a smaller one.") from None
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"Model {folder} cannot be loaded: {_first_line(error)}") from None
+
+
+def _tokenizer(folder: Path) -> Any:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"Model {folder} has no usable tokenizer: {_first_line(error)}") from None
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
+    generation = getattr(model, "generation_config", None)
+    ends = getattr(generation, "eos_token_id", None)
+    tokens = set(ends if isinstance(ends, list) else [ends])
+    tokens.add(getattr(tokenizer, "eos_token_id", None))
+    return tuple(sorted(token for token in tokens if token is not None))
+
+
+@torch.inference_mode()
+def _probe(model: PreTrainedModel, folder: Path) -> tuple[Geometry, int]:
+    """Puts our attention into the model and checks it against the model's own; returns what the layers are."""
+    try:
+        tokens = torch.arange(7, 7 + _PROBE_TOKENS, device=model.device)
+        expected = model(input_ids=tokens[None], use_cache=False).logits[0]
+        model.set_attn_implementation(NAME)
+        geometry = _geometry(model, tokens)
+        logits = _paged_logits(model, tokens, geometry)
+    except Unsupported as reason:
+        raise _refusal(folder, str(reason)) from None
+    except Exception as error:
+        raise _refusal(folder, f"a trial run failed with {type(error).__name__}: {_first_line(error)}") from None
+    distance = float((logits - expected).float().norm() / expected.float().norm())
+    if not distance <= _TOLERANCE[model.dtype]:
+        raise _refusal(folder, f"with paged attention its logits are {distance:.1%} off, so its attention is not plain")
+    return geometry, logits.shape[-1]
+
+
+def _geometry(model: PreTrainedModel, tokens: Tensor) -> Geometry:
+    """Runs the model with an attention that only looks on; raises Unsupported for layers that cannot be served."""
+    config = model.config.get_text_config()
+    seen: dict[int, tuple[Any, ...]] = {}
+
+    def look(
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        if key.shape != value.shape:
+            raise Unsupported("keys and values differ in size, as in multi-head latent attention")
+        seen[layer] = (query.shape[1], key.shape[1], key.shape[2], sliding_window)
+        return query
+
+    model(input_ids=tokens[None], position_ids=torch.arange(len(tokens), device=tokens.device)[None], use_cache=False,
+          paged=look)  # fmt: skip
+    layers = config.num_hidden_layers
+    if sorted(seen) != list(range(layers)):
+        raise Unsupported(f"{layers - len(seen)} of its {layers} layers do not attend (linear attention, state spaces)")
+    if len({shape[:3] for shape in seen.values()}) > 1:
+        raise Unsupported("its layers differ in heads or head size")
+    window = getattr(config, "sliding_window", None)
+    for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        # The trial is shorter than most windows, so it would not notice one that is not passed on.
+        if kind == "sliding_attention" and seen[layer][3] != window:
+            raise Unsupported("its sliding window is not passed to the attention function")
+    heads, kv_heads, head_dim, _ = seen[0]
+    return Geometry(layers, heads, kv_heads, head_dim)
+
+
+def _paged_logits(model: PreTrainedModel, tokens: Tensor, geometry: Geometry) -> Tensor:
+    """The logits of all tokens, computed in two iterations over a paged cache."""
+    blocks = blocks_for(_PROBE_TOKENS, _PROBE_BLOCK)
+    cache = torch.zeros(
+        (2 * geometry.layers, blocks, _PROBE_BLOCK, geometry.kv_heads, geometry.head_dim),
+        dtype=model.dtype, device=model.device,
+    )  # fmt: skip
+    logits = []
+    for start, end in ((0, _PROBE_TOKENS // 2 + 1), (_PROBE_TOKENS // 2 + 1, _PROBE_TOKENS)):
+        slots = torch.arange(start, end, device=model.device)
+        batch = plan_attention(
+            np.array([end - start]), np.array([end]), np.arange(blocks, dtype=np.int32)[None], model.device,
+            num_heads=geometry.heads, num_kv_heads=geometry.kv_heads, block_size=_PROBE_BLOCK,
+        )  # fmt: skip
+        paged = PagedIteration(cache, slots, batch)
+        ran = model(input_ids=tokens[None, start:end], position_ids=slots[None], use_cache=False, paged=paged)
+        logits.append(ran.logits[0])
+    return torch.cat(logits)
+
+
+def _refusal(folder: Path, reason: str) -> UserError:
+    return UserError(f"Model {folder} cannot be run: {reason.rstrip('.')}.")
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).strip().split("\n")[0][:200]
+    return line if line.endswith((".", "!", "?")) else f"{line}."

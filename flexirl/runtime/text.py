@@ -1,0 +1,85 @@
+"""Text from tokens, bit by bit: never half a character, and stop strings cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_REPLACEMENT = "�"  # what a tokenizer gives for bytes that are no character, or none yet
+_MOST_PENDING = 3  # an unfinished UTF-8 character has at most 3 bytes, and some tokenizers give one mark for each
+_WINDOW, _KEPT = 24, 8  # tokens decoded together at most, and kept when the window moves on
+
+
+class Detokenizer:
+    """The text of one output as its tokens come; `push` and `flush` give what is new and will not change any more.
+
+    A token's text depends on those before it (spaces, characters of several tokens), so a window of the last tokens is
+    decoded anew each time. The window starts where the text was whole.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._settled = 0  # tokens of the window whose text is whole
+        self._given = 0  # characters of the window's text given out
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """The text that these further tokens settle."""
+        self._window += tokens
+        text = self._decode(self._window)
+        pending = 0
+        while pending < _MOST_PENDING and text.endswith(_REPLACEMENT, 0, len(text) - pending):
+            pending += 1
+        new = text[self._given : len(text) - pending]
+        self._given += len(new)
+        if pending == 0:
+            # The next window starts with the tokens just settled, for what the next ones' text owes to them.
+            self._window, self._settled = self._window[self._settled :], len(self._window) - self._settled
+            self._given = len(self._decode(self._window))
+        elif len(self._window) > _WINDOW:  # bytes that will never be text
+            self._window = self._window[-_KEPT:]
+            self._settled = 0
+            self._given = max(len(self._decode(self._window)) - pending, 0)
+        return new
+
+    def flush(self) -> str:
+        """What was held back, marks for unfinished characters included; the output is over."""
+        text = self._decode(self._window)[self._given :]
+        self._given += len(text)
+        return text
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+
+class StopStrings:
+    """Looks for stop strings in a text as it grows, and holds back what may turn out to be the beginning of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._longest = max((len(stop) for stop in stops), default=1)
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """The text that may be given out; after a stop string nothing more, and `found` is True."""
+        if self.found:
+            return ""
+        text = self._held + text
+        places = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if places:
+            self.found, self._held = True, ""
+            return text[: min(places)]
+        kept = 0
+        for length in range(min(self._longest - 1, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stops):
+                kept = length
+                break
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+    def flush(self) -> str:
+        """What was held back and turned out to be text."""
+        held, self._held = self._held, ""
+        return held

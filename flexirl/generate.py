@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,10 +15,12 @@ from tqdm import tqdm
 
 from flexirl.configured import count_of, load_engine, load_slo, number, seed_of
 from flexirl.errors import UserError
+from flexirl.plots import plot_timeline
 from flexirl.policies.registry import make_policy
 from flexirl.program import output_folder, run_program
 from flexirl.runtime.engine import EngineProfile
 from flexirl.runtime.live import LiveEngine
+from flexirl.runtime.recording import Recording, read_timeline
 from flexirl.runtime.requests import ERROR, Completion, Request, Update
 from flexirl.runtime.sampling import Sampling
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
@@ -45,6 +48,7 @@ def run(config: DictConfig) -> None:
     with (
         open(folder / "completions.jsonl", "w") as file,
         tqdm(total=len(lines), unit=" requests", disable=not config.progress) as progress,
+        Recording(folder) if config.record else nullcontext() as recording,
     ):
         printer = Printer(progress.write)
         results = Results(file, progress)
@@ -52,8 +56,10 @@ def run(config: DictConfig) -> None:
             ModelExecutor(model, profile), policy, slo, model.tokenizer,
             interval_s=number(config.interval_s, "interval_s"), max_requests=len(lines),
             save_blocks=config.save_blocks, safepoints=config.safepoints, seed=seed_of(config.seed),
-            on_end=results.end,
+            on_end=results.end, on_step=recording,
         )  # fmt: skip
+        if recording is not None:
+            recording.view = engine.view
         for place, line in lines:
             request_id = place
             try:
@@ -70,6 +76,8 @@ def run(config: DictConfig) -> None:
             progress.write("interrupted; what has ended is written")
         for request_id in results.expected:
             results.fail(request_id, f"It did not end under policy {policy.name}; choose another one.")
+    if config.record:
+        plot_timeline(read_timeline(folder / "timeline.csv"), policy.name, folder / "timeline.png")
     print(summary(results, engine.metrics()))
     print(f"written to {folder / 'completions.jsonl'}")
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from flexirl.runtime.engine import EngineProfile
+from flexirl.runtime.step_time import COEFFICIENTS, design_matrix
+
+if TYPE_CHECKING:
+    from flexirl.runtime.live import Step
 
 IMMEDIATE_COLOUR, DEFERRED_COLOUR, NEUTRAL = "#2a6f97", "#e07a3f", "#8a8a8a"
 
@@ -101,3 +107,25 @@ def _label(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
 
 def _values(rows: Sequence[Mapping[str, Any]], policy: str, name: str) -> list[float]:
     return [row[name] for row in rows if row["policy"] == policy and row[name] is not None]
+
+
+def plot_calibration(
+    features: np.ndarray, times_s: np.ndarray, profile: EngineProfile, steps: Sequence[Step], predicted_s: np.ndarray,
+    folder: Path,
+) -> None:  # fmt: skip
+    """calibration.png: predicted against measured iterations, those fitted and those of the engine's own run."""
+    figure = _figure(9, 4.2)
+    coefficients = np.array([profile.values[name] for name in COEFFICIENTS])
+    panels = (
+        ("drawn iterations", times_s, design_matrix(features) @ coefficients, features),
+        ("the engine's own run", np.array([step.elapsed_s for step in steps]), predicted_s,
+         np.array([step.features for step in steps])),
+    )  # fmt: skip
+    for axes, (title, actual_s, expected_s, records) in zip(figure.subplots(1, 2), panels, strict=True):
+        mixed = records["prefill_tokens"] > 0
+        axes.plot([actual_s.min(), actual_s.max()], [actual_s.min(), actual_s.max()], color=NEUTRAL, linewidth=0.8)
+        axes.scatter(actual_s[~mixed], expected_s[~mixed], s=8, color=IMMEDIATE_COLOUR, label="decodes alone")
+        axes.scatter(actual_s[mixed], expected_s[mixed], s=8, color=DEFERRED_COLOUR, label="with a prefill chunk")
+        axes.set(title=title, xlabel="measured seconds", ylabel="predicted seconds", xscale="log", yscale="log")
+        axes.legend(fontsize=8)
+    figure.savefig(folder / "calibration.png")

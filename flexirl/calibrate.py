@@ -1,0 +1,82 @@
+"""Program: measures a model on this machine and writes an engine profile: `python -m flexirl.calibrate model=tiny`."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from flexirl.configured import count_of, load_engine, number, seed_of
+from flexirl.plots import plot_calibration
+from flexirl.policies.registry import make_policy
+from flexirl.program import output_folder, run_program
+from flexirl.runtime.engine import save_profile
+from flexirl.runtime.step_time import BATCH
+
+
+def run(config: DictConfig) -> None:
+    """Measures, fits, prints and writes; raises UserError for bad configuration."""
+    # Transformers takes seconds to import, which whoever mistyped an option need not wait for.
+    from flexirl.runtime.calibration import calibrate
+    from flexirl.runtime.executor import ModelExecutor, fit_profile
+    from flexirl.runtime.models.loading import load_model
+
+    folder = output_folder()
+    seconds, seed = number(config.seconds, "seconds"), seed_of(config.seed)
+    profile, policy = load_engine(config.engine), make_policy(str(config.policy))
+    torch.set_num_threads(count_of(config.threads, "threads"))
+    OmegaConf.save(config, folder / "config.yaml", resolve=True)
+    model = load_model(config.model, config.device, config.dtype)
+    executor = ModelExecutor(model, fit_profile(model, profile, config.engine.kv_blocks, config.engine.host_kv_blocks))
+    about = {
+        "machine": machine(model.device, torch.get_num_threads()), "model": model.name, "dtype": str(model.dtype),
+        "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
+        "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+    with tqdm(total=100, unit="%", desc="measuring", disable=not config.progress) as bar:
+        found = calibrate(
+            executor, policy, str(config.name or f"{Path(model.name).name}-{model.device.type}"), about, seconds, seed,
+            lambda share: bar.update(round(100 * share) - bar.n),
+        )  # fmt: skip
+    save_profile(found.profile, folder / "profile.json")
+    columns = {**{name: found.features[name] for name in BATCH.names or ()}, "seconds": found.times_s}
+    table = np.column_stack(list(columns.values()))
+    np.savetxt(folder / "iterations.csv", table, delimiter=",", header=",".join(columns), comments="")
+    plot_calibration(found.features, found.times_s, found.profile, found.steps, found.predicted_s, folder)
+    print(summary(found.profile.name, found.profile.fit, found.profile.values))
+    (folder / "summary.json").write_text(json.dumps(found.profile.fit, indent=1) + "\n")
+    print(f"written to {folder / 'profile.json'}; use it as engine={folder / 'profile.json'}")
+
+
+def machine(device: torch.device, threads: int) -> str:
+    """The device by name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {threads} threads"
+
+
+def summary(name: str, report: dict[str, Any], values: Any) -> str:
+    """What was found, in a few lines."""
+    return "\n".join(
+        [
+            f"{name} on {report['machine']}: {report['rows_fitted']} iterations fitted, "
+            f"error {report['mape']:.1%} on {report['rows_held_out']} held out (95th percentile "
+            f"{report['p95_error']:.1%}), noise {report['noise']:.1%}",
+            f"engine's own run: error {report['run_mape']:.1%} per iteration over {report['run_iterations']}, "
+            f"{report['run_total_error']:+.1%} in all",
+            f"base {1e3 * values['base_s']:.3f} ms, host {1e3 * values['host_s']:.3f} ms, swap "
+            f"{1e9 * values['per_swap_token_s']:.0f} ns per token; {values['kv_blocks']} blocks",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    run_program("calibrate", run)

@@ -1,0 +1,91 @@
+"""Calibration against a device whose times are known, and the shapes it draws against the engine's limits."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexirl.errors import UserError
+from flexirl.policies.registry import make_policy
+from flexirl.runtime.calibration import calibrate, draw_shapes, make_batch
+from flexirl.runtime.engine import EngineProfile, load_profile, make_profile
+from flexirl.runtime.executor import Batch, Outcome
+from flexirl.runtime.host_cache import Moves
+
+ABOUT = {"machine": "a device of known times", "date": "2026-01-01"}
+
+
+def engine(**changes: float) -> EngineProfile:
+    limits = {"kv_blocks": 400, "host_kv_blocks": 100, "block_size": 16, "max_tokens_per_step": 256, "max_running": 32,
+              "max_model_len": 1024}  # fmt: skip
+    return make_profile("known", {**limits, **changes}, {}, {})
+
+
+class KnownDevice:
+    """Takes 5 ms an iteration, 40 microseconds a token, 1 a token of decode context, 3 a token moved."""
+
+    vocab_size = 50
+    end_tokens = ()
+
+    def __init__(self, profile: EngineProfile) -> None:
+        self.profile = profile
+        self.now_s = 0.0
+
+    @property
+    def free_host_blocks(self) -> int:
+        return 100
+
+    def move(self, moves: Moves) -> dict[int, int]:
+        blocks = [len(each) for some in (moves.out, moves.back, moves.save) for each in some.values()]
+        self.now_s += 3e-6 * 16 * sum(blocks)
+        return dict.fromkeys([*moves.out, *moves.back], 0)
+
+    def execute(self, batch: Batch, interrupted: Any) -> Outcome:
+        decodes = batch.query_lens == 1
+        self.now_s += 5e-3 + 4e-5 * len(batch.tokens) + 1e-6 * batch.context_lens[decodes].sum()
+        return Outcome(np.zeros(len(batch.sampled_rows), np.int64), {}, 0.0)
+
+    def forget(self, r: int) -> None:
+        pass
+
+
+def test_a_device_of_the_models_form_is_found_again() -> None:
+    device = KnownDevice(engine())
+    found = calibrate(device, make_policy("qoserve"), "known", ABOUT, 20.0, 0, now_s=lambda: device.now_s)
+    values = found.profile.values
+    assert found.profile.fit["mape"] < 1e-3 and values["noise"] < 1e-6
+    assert values["base_s"] == pytest.approx(5e-3, rel=0.01)
+    assert values["per_token_s"] + values["per_sequence_s"] == pytest.approx(4e-5, rel=0.05)
+    assert values["per_context_s"] == pytest.approx(1e-6, rel=0.01)
+    assert values["per_swap_token_s"] == pytest.approx(3e-6)
+    assert found.profile.name == "known" and found.profile.fit["machine"] == ABOUT["machine"]
+    assert {name: values[name] for name in ("kv_blocks", "max_running")} == {"kv_blocks": 400, "max_running": 32}
+
+
+@pytest.mark.parametrize("profile", [engine(), engine(kv_blocks=70), load_profile("cpu-tiny")])
+def test_drawn_iterations_fit_into_the_engine(profile: EngineProfile) -> None:
+    rng = np.random.default_rng(0)
+    limits, device = profile.values, KnownDevice(profile)
+    kinds = set()
+    for shape in itertools.islice(draw_shapes(profile, rng), 90):
+        batch, features = make_batch(shape, device, rng)
+        kinds.add((shape.decodes > 0, shape.chunk > 0))
+        assert len(batch.tokens) <= limits["max_tokens_per_step"] and len(batch.query_lens) <= limits["max_running"]
+        assert batch.context_lens.max() <= limits["max_model_len"]
+        assert (batch.query_lens <= batch.context_lens).all()
+        # Every sequence writes into blocks of its own, at the ends of its context.
+        ends = np.repeat(np.cumsum(batch.query_lens), batch.query_lens)
+        from_end = ends - np.arange(len(batch.tokens))
+        assert (batch.positions == np.repeat(batch.context_lens, batch.query_lens) - from_end).all()
+        used = [row[: -(-length // 16)] for row, length in zip(batch.block_table, batch.context_lens, strict=True)]
+        assert len(set(np.concatenate(used).tolist())) == sum(map(len, used)) <= limits["kv_blocks"]
+        assert features["prefill_tokens"] + features["decode_sequences"] == len(batch.tokens)
+    assert kinds == {(True, False), (False, True), (True, True)}
+
+
+def test_no_time_to_measure_is_refused() -> None:
+    with pytest.raises(UserError, match="seconds=0"):
+        calibrate(KnownDevice(engine()), make_policy("qoserve"), "known", ABOUT, 0.0, 0)

@@ -6,7 +6,6 @@ Each measurement is one function whose docstring says what is measured; speeds a
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import re
@@ -15,11 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba as nb
 import numpy as np
@@ -32,6 +31,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from flexirl.configured import CONF, load_task
 from flexirl.envs.fleet import Task
 from flexirl.envs.vector import BatchingVecEnv, BatchingVectorEnv
+from flexirl.figures import Row, report
 from flexirl.policies.agents import make_agent
 from flexirl.policies.export import export
 from flexirl.policies.learned import load_policy
@@ -46,14 +46,6 @@ from flexirl.workloads.trace import DEFERRED, IMMEDIATE, Trace, empty_rows, merg
 MEMBERS = 64
 SEATS = 64
 QUEUED, MANY_QUEUED = 60_000, 1_000_000  # the first lasts all repeats
-
-
-class Row(NamedTuple):
-    """One figure of the bench."""
-
-    name: str
-    value: float
-    unit: str
 
 
 def median(measure: Callable[[], float], repeats: int) -> float:
@@ -321,27 +313,12 @@ def run(quick: bool) -> Iterator[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures what the command line asks for."""
+    """Prints and writes the figures."""
     parser = argparse.ArgumentParser(prog="python -m flexirl.bench", description="Measures how fast flexirl is.")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, and no start-up")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench.json"), help="where the figures are written")
     options = parser.parse_args(arguments)
     report(run(options.quick), options.output)
-
-
-def report(rows: Iterable[Row], output: Path) -> None:
-    """Prints every row as it comes, and writes them all as JSON."""
-    written = []
-    for row in rows:
-        written.append(row._asdict())
-        print(f"{row.name:44}{_number(row.value):>16} {row.unit}", flush=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(written, indent=1) + "\n")
-    print(f"written to {output}")
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.4g}"
 
 
 if __name__ == "__main__":

@@ -111,6 +111,7 @@ class LiveEngine:
         longest = blocks_for(int(profile.values["max_model_len"]), self._block_size)
         self._table = new_block_table(max_requests, int(profile.values["kv_blocks"]), longest)
         self._flat = new_flat_batch(profile, longest)
+        self._batch_seen: tuple[tuple[int, ...], Any] = ((), None)
         self._arrays = new_request_arrays(max_requests)
         self._sampling = np.zeros(max_requests, SAMPLING)
         self._is_end = np.zeros(executor.vocab_size, np.bool_)
@@ -372,22 +373,12 @@ class LiveEngine:
             end, count = int(flat.context_lens[i]), int(flat.query_lens[i])
             flat.tokens[row : row + count] = self._output(flat.requests[i]).between(end - count, end)
         sampled = flat.sampled[: counts.sampled]
-        batch = Batch(
-            tokens=flat.tokens[: counts.tokens],
-            positions=flat.positions[: counts.tokens],
-            slots=flat.slots[: counts.tokens],
-            query_lens=flat.query_lens[: counts.requests],
-            context_lens=flat.context_lens[: counts.requests],
-            block_table=flat.blocks[: counts.requests * counts.widest].reshape(counts.requests, counts.widest),
-            sampled_rows=flat.sampled_rows[: counts.sampled],
-            sampling=self._sampling[sampled] if self._particular else None,
-            draws=flat.draws[: counts.sampled],
-        )
+        sampling = self._sampling[sampled] if self._particular else None
         may_stop = self._safepoints and not counts.urgent
         ids = [] if self._on_step is None else self._ids(counts)
         prepared = time.perf_counter()
         try:
-            outcome = self._executor.execute(batch, self._interrupted if may_stop else None)
+            outcome = self._executor.execute(self._batch(counts), sampling, self._interrupted if may_stop else None)
         except Interrupted:
             self._abandoned += 1
             self._abandon(began_s)
@@ -419,6 +410,24 @@ class LiveEngine:
         if self._on_step is not None:
             self._on_step(self._step(counts, ids, began_s, began, prepared, executed, outcome.forward_s))
         return True
+
+    def _batch(self, counts: Counts) -> Batch:
+        """The flattened batch's valid parts, as the same object while their sizes stay."""
+        sizes = counts.requests, counts.tokens, counts.widest, counts.sampled
+        if sizes != self._batch_seen[0]:
+            flat, (requests, tokens, widest, sampled) = self._flat, sizes
+            batch = Batch(
+                tokens=flat.tokens[:tokens],
+                positions=flat.positions[:tokens],
+                slots=flat.slots[:tokens],
+                query_lens=flat.query_lens[:requests],
+                context_lens=flat.context_lens[:requests],
+                block_table=flat.blocks[: requests * widest].reshape(requests, widest),
+                sampled_rows=flat.sampled_rows[:sampled],
+                draws=flat.draws[:sampled],
+            )
+            self._batch_seen = sizes, batch
+        return self._batch_seen[1]
 
     def _output(self, r: int) -> Output:
         output = self._outputs[r]

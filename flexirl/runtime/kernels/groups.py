@@ -12,35 +12,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Positions gathered for one group of decodes: 4 MB of keys and values at 128 floats each, about a core's cache.
+from flexirl.runtime.kernels.ragged import ramps, starts
+
+# Positions gathered for one group of decodes: 4 MB of keys and values at 128 floats each.
 GROUP_POSITIONS = 4096
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SequenceGroup:
     """n sequences with q tokens each, their contexts padded to L positions, a multiple of the block size.
 
-    Padding repeats a block of the sequence's own, so that nothing foreign is gathered; `stale` marks it, and what
-    lies behind the context in a last block, since a not-a-number there would survive any mask.
+    Padding repeats the sequence's own first block, so that nothing foreign is gathered. `stale` is what lies behind the
+    context in a last block: a not-a-number left there would survive any mask.
     """
 
-    tokens: Tensor  # int64 (n * q,): rows of the flattened batch
-    blocks: Tensor  # int64 (n * L / block_size,): cache blocks
-    stale: Tensor  # int64: which of the n * L gathered positions are not of the context
-    positions: Tensor  # int64 (n, q): position of each token
+    sequences: int  # n
     padded_len: int  # L
+    tokens: Tensor  # int64 (n * q,): rows of the flattened batch
+    positions: Tensor  # int64 (n * q,): of each token in its sequence
+    blocks: Tensor  # int64 (n * L / block_size,): cache blocks
+    stale: Tensor  # int64: which of the n * L gathered positions
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     @property
-    def causal_from_zero(self) -> bool:
+    def is_plain_causal(self) -> bool:
         """A whole prompt up to here in one chunk that fills its blocks: plain lower-triangular attention."""
-        return self.positions.shape == (1, self.padded_len)
+        return self.sequences == 1 and len(self.tokens) == self.padded_len
 
     def mask(self, sliding_window: int | None) -> Tensor:
         """What each token sees: bool (n, 1, q, L); kept, since layers with the same window share it."""
         if sliding_window not in self._masks:
-            seen_from = torch.arange(self.padded_len, device=self.positions.device)
-            distance = self.positions[:, None, :, None] - seen_from
+            seen_from = self.positions.view(self.sequences, 1, -1, 1)
+            distance = seen_from - torch.arange(self.padded_len, device=seen_from.device)
             mask = distance >= 0
             if sliding_window is not None:
                 mask &= distance < sliding_window
@@ -52,36 +55,40 @@ def group_sequences(
     query_lens: np.ndarray, context_lens: np.ndarray, block_table: Tensor, block_size: int
 ) -> list[SequenceGroup]:
     """Every sequence of the batch in exactly one group; arguments as in `AttentionBatch`."""
-    query_start = np.cumsum(query_lens) - query_lens
-    host_table = block_table.cpu().numpy()
     blocks = -(-context_lens // block_size)
-    members = [np.array([chunk]) for chunk in np.flatnonzero(query_lens > 1)]
-    decodes = np.flatnonzero(query_lens == 1)
+    chunks, decodes = np.flatnonzero(query_lens > 1), np.flatnonzero(query_lens == 1)
     decodes = decodes[np.argsort(blocks[decodes], kind="stable")]
-    first = 0
-    for last in range(1, len(decodes) + 1):
-        full = last < len(decodes) and (last + 1 - first) * blocks[decodes[last]] * block_size > GROUP_POSITIONS
-        if full or last == len(decodes):
-            members.append(decodes[first:last])
-            first = last
-    groups = []
-    for sequences in members:
-        width = int(blocks[sequences].max())
-        table = host_table[sequences, :width]
-        table = np.where(np.arange(width) < blocks[sequences, None], table, table[:, :1])
-        beyond = np.arange(width * block_size) >= context_lens[sequences, None]
-        offsets = np.arange(query_lens[sequences[0]])
-        groups.append(
-            SequenceGroup(
-                tokens=_int64((query_start[sequences, None] + offsets).ravel(), block_table.device),
-                blocks=_int64(table.ravel(), block_table.device),
-                stale=_int64(np.flatnonzero(beyond), block_table.device),
-                positions=_int64((context_lens - query_lens)[sequences, None] + offsets, block_table.device),
-                padded_len=width * block_size,
-            )
-        )
-    return groups
+    order = np.concatenate([chunks, decodes])
+    sizes = [1] * len(chunks) + _group_sizes((blocks[decodes] * block_size).tolist())
+    # From here on one row per sequence in this order: everything is made for all groups at once and then divided.
+    first_token = (np.cumsum(query_lens) - query_lens)[order]
+    query_lens, context_lens, blocks = query_lens[order], context_lens[order], blocks[order]
+    first = starts(np.array(sizes))[:-1]  # rows at which groups begin
+    widths = np.maximum.reduceat(blocks, first)
+    width = np.repeat(widths, sizes)
+    tails = width * block_size - context_lens
+
+    offset = ramps(query_lens)
+    tokens = np.repeat(first_token, query_lens) + offset
+    positions = np.repeat(context_lens - query_lens, query_lens) + offset
+    cell = ramps(width)
+    table = block_table.cpu().numpy()[np.repeat(order, width), cell]
+    table = np.where(cell < np.repeat(blocks, width), table, 0).astype(np.int64)
+    stale = np.repeat(ramps(np.array(sizes)) * width * block_size + context_lens, tails) + ramps(tails)
+
+    parts = [
+        torch.from_numpy(flat).to(block_table.device).split(np.add.reduceat(lengths, first).tolist())
+        for flat, lengths in ((tokens, query_lens), (positions, query_lens), (table, width), (stale, tails))
+    ]
+    return list(map(SequenceGroup, sizes, (widths * block_size).tolist(), *parts))
 
 
-def _int64(values: np.ndarray, device: torch.device) -> Tensor:
-    return torch.as_tensor(values.astype(np.int64), device=device)
+def _group_sizes(lengths: list[int]) -> list[int]:
+    """Cuts ascending lengths into runs of at most GROUP_POSITIONS, each padded to its longest; one is always taken."""
+    sizes: list[int] = []
+    for length in lengths:
+        if sizes and (sizes[-1] + 1) * length <= GROUP_POSITIONS:
+            sizes[-1] += 1
+        else:
+            sizes.append(1)
+    return sizes

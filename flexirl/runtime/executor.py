@@ -17,7 +17,7 @@ from flexirl.runtime.kernels import plan_attention
 from flexirl.runtime.kv_cache import blocks_for
 from flexirl.runtime.models.attention import Interrupted, PagedIteration
 from flexirl.runtime.models.loading import LoadedModel, total_memory
-from flexirl.runtime.sampling import Logprobs, choose, log_probabilities
+from flexirl.runtime.sampling import Logprobs, choose, likeliest, log_probabilities
 
 __all__ = ["Batch", "Executor", "Interrupted", "ModelExecutor", "OutOfMemory", "Outcome", "fit_profile"]
 
@@ -142,14 +142,13 @@ class ModelExecutor:
             forward_s = time.perf_counter() - began
             logprobs: dict[int, Logprobs] = {}
             if sampling is None:
-                chosen = logits.argmax(-1)
+                chosen = likeliest(logits)
             else:
                 chosen = choose(logits, sampling, batch.draws)
                 logprobs = log_probabilities(logits, chosen, sampling)
-            if not self._cache.is_cuda:
-                return Outcome(chosen.numpy(), logprobs, forward_s)
-            # The model was only launched above.
-            return Outcome(chosen.cpu().numpy(), logprobs, time.perf_counter() - began)
+            if self._cache.is_cuda:  # the model was only launched above
+                forward_s = time.perf_counter() - began
+            return Outcome(chosen, logprobs, forward_s)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise

@@ -41,9 +41,9 @@ class TimedExecutor(ModelExecutor):
         super().__init__(model, fit_profile(model, profile))
         self.forward_s = 0.0
 
-    def execute(self, batch: Batch, interrupted: Callable[[], bool] | None) -> Outcome:
+    def execute(self, batch: Batch, sampling: np.ndarray | None, interrupted: Callable[[], bool] | None) -> Outcome:
         """See `Executor`."""
-        outcome = super().execute(batch, interrupted)
+        outcome = super().execute(batch, sampling, interrupted)
         self.forward_s += outcome.forward_s
         return outcome
 

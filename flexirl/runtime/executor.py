@@ -17,7 +17,7 @@ from flexirl.runtime.kernels import plan_attention
 from flexirl.runtime.kv_cache import blocks_for
 from flexirl.runtime.models.attention import Interrupted, PagedIteration
 from flexirl.runtime.models.loading import LoadedModel, total_memory
-from flexirl.runtime.sampling import Logprobs, choose, log_probabilities
+from flexirl.runtime.sampling import Logprobs, choose, likeliest, log_probabilities
 
 __all__ = ["Batch", "Executor", "Interrupted", "ModelExecutor", "OutOfMemory", "Outcome", "fit_profile"]
 
@@ -32,7 +32,10 @@ class OutOfMemory(Exception):
 
 
 class Batch(NamedTuple):
-    """An iteration's flattened batch: T tokens of N requests, S of which sample; valid until the next one is made."""
+    """An iteration's flattened batch: T tokens of N requests, S of which sample.
+
+    Views of memory that is filled anew for each iteration; an iteration of the same sizes comes as the same object.
+    """
 
     tokens: np.ndarray  # int64 (T,)
     positions: np.ndarray  # int64 (T,)
@@ -41,7 +44,6 @@ class Batch(NamedTuple):
     context_lens: np.ndarray  # int64 (N,)
     block_table: np.ndarray  # int32 (N, widest)
     sampled_rows: np.ndarray  # int64 (S,): rows of the T tokens whose logits are wanted
-    sampling: np.ndarray | None  # `SAMPLING` (S,); None if all take the most likely token and nothing else is asked
     draws: np.ndarray  # float64 (S,), uniform in (0, 1)
 
 
@@ -69,8 +71,12 @@ class Executor(Protocol):
         """Moves keys and values before an iteration; see `HostCache.move`."""
         ...
 
-    def execute(self, batch: Batch, interrupted: Callable[[], bool] | None) -> Outcome:
-        """Computes an iteration. Raises Interrupted if `interrupted` says so between two layers, or OutOfMemory."""
+    def execute(self, batch: Batch, sampling: np.ndarray | None, interrupted: Callable[[], bool] | None) -> Outcome:
+        """Computes an iteration.
+
+        sampling: `SAMPLING` (S,), None if all take the most likely token and ask for nothing else. interrupted: asked
+        between two layers. Raises Interrupted if that says so, or OutOfMemory.
+        """
         ...
 
     def forget(self, r: int) -> None:
@@ -89,6 +95,8 @@ class ModelExecutor:
         self._geometry = model.geometry
         self._block_size = int(profile.values["block_size"])
         blocks, host_blocks = int(profile.values["kv_blocks"]), int(profile.values["host_kv_blocks"])
+        # On a CPU the tensors made of a batch are its own memory, so they serve for all that come as the same object.
+        self._seen: tuple[Batch | None, tuple[Tensor, Tensor, Tensor, Tensor]] = (None, (torch.empty(0),) * 4)
         geometry = model.geometry
         shape = (2 * geometry.layers, blocks, self._block_size, geometry.kv_heads, geometry.head_dim)
         try:
@@ -116,30 +124,31 @@ class ModelExecutor:
         """See `Executor`."""
         self._host.forget(r)
 
-    @torch.inference_mode()
-    def execute(self, batch: Batch, interrupted: Callable[[], bool] | None) -> Outcome:
+    def execute(self, batch: Batch, sampling: np.ndarray | None, interrupted: Callable[[], bool] | None) -> Outcome:
         """See `Executor`."""
         try:
+            tokens, positions, slots, sampled_rows = self._tensors(batch)
             attention = plan_attention(
                 batch.query_lens, batch.context_lens, batch.block_table, self._cache.device,
                 num_heads=self._geometry.heads, num_kv_heads=self._geometry.kv_heads, block_size=self._block_size,
             )  # fmt: skip
-            paged = PagedIteration(self._cache, _upload(batch.slots, self._cache.device), attention, interrupted)
+            paged = PagedIteration(self._cache, slots, attention, interrupted)
             del attention  # so that all it makes is gone when the model is done
             began = time.perf_counter()
-            logits = self._logits(batch, paged)
+            logits = self._model(
+                input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=sampled_rows, paged=paged
+            ).logits[0]
             del paged
             forward_s = time.perf_counter() - began
             logprobs: dict[int, Logprobs] = {}
-            if batch.sampling is None:
-                tokens = logits.argmax(-1)
+            if sampling is None:
+                chosen = likeliest(logits)
             else:
-                tokens = choose(logits, batch.sampling, batch.draws)
-                logprobs = log_probabilities(logits, tokens, batch.sampling)
-            on_host = tokens.cpu().numpy()
+                chosen = choose(logits, sampling, batch.draws)
+                logprobs = log_probabilities(logits, chosen, sampling)
             if self._cache.is_cuda:  # the model was only launched above
                 forward_s = time.perf_counter() - began
-            return Outcome(on_host, logprobs, forward_s)
+            return Outcome(chosen, logprobs, forward_s)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -147,21 +156,14 @@ class ModelExecutor:
                 torch.cuda.empty_cache()
             raise OutOfMemory from error
 
-    def _logits(self, batch: Batch, paged: PagedIteration) -> Tensor:
-        """(S, vocabulary) of the rows that sample."""
+    def _tensors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens and positions (1, T), slots (T,), sampled rows (S,) on the device."""
         device = self._cache.device
-        logits: Tensor = self._model(
-            input_ids=_upload(batch.tokens, device)[None],
-            position_ids=_upload(batch.positions, device)[None],
-            use_cache=False,
-            logits_to_keep=_upload(batch.sampled_rows, device),
-            paged=paged,
-        ).logits[0]
-        return logits
-
-
-def _upload(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
+        if self._cache.is_cuda or batch is not self._seen[0]:
+            arrays = (batch.tokens[None], batch.positions[None], batch.slots, batch.sampled_rows)
+            a, b, c, d = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
+            self._seen = batch, (a, b, c, d)
+        return self._seen[1]
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -202,7 +204,6 @@ def fit_profile(
     )
 
 
-@torch.inference_mode()
 def _cache_bytes(model: LoadedModel, max_tokens: int) -> int:
     """Bytes that the cache may take."""
     if model.device.type == "cpu":

@@ -19,12 +19,12 @@ from flexirl.workloads.trace import DEFERRED
 
 
 class RequestArrays(NamedTuple):
-    """What a live engine keeps of each request beside the scheduler's record: arrays (R,)."""
+    """What a live engine keeps of each of R requests beside the scheduler's record; L tokens is the longest one."""
 
-    last_token: np.ndarray  # int64: the token to go on from
-    seed: np.ndarray  # uint64
-    ends_early: np.ndarray  # bool: an end-of-sequence token ends it
-    watched: np.ndarray  # bool: its tokens are looked at one by one
+    tokens: np.ndarray  # int32 (R, L): the prompt, then the output; pages never used take no memory
+    seed: np.ndarray  # uint64 (R,)
+    ends_early: np.ndarray  # bool (R,): an end-of-sequence token ends it
+    watched: np.ndarray  # bool (R,): its tokens are looked at one by one
 
 
 class FlatBatch(NamedTuple):
@@ -38,7 +38,6 @@ class FlatBatch(NamedTuple):
     tokens: np.ndarray  # int64 (T,)
     positions: np.ndarray  # int64 (T,)
     slots: np.ndarray  # int64 (T,): block * block_size + offset, where keys and values go
-    chunks: np.ndarray  # int32 (chunks, 2): entry of `requests` and first row of `tokens` still to be filled in
     sampled: np.ndarray  # int32 (S,): the requests that sample
     sampled_rows: np.ndarray  # int64 (S,): the rows they sample from
     draws: np.ndarray  # float64 (S,): uniform in (0, 1), by the request's seed and the token's number
@@ -55,7 +54,6 @@ class Counts(NamedTuple):
     requests: int
     tokens: int
     widest: int  # blocks of the longest context
-    chunks: int
     sampled: int
     swapped_out: int
     swapped_in: int
@@ -64,13 +62,13 @@ class Counts(NamedTuple):
     ended_otherwise: int  # requests that did not finish, since the start
 
 
-def new_request_arrays(max_requests: int) -> RequestArrays:
+def new_request_arrays(max_requests: int, max_model_len: int) -> RequestArrays:
     """Room for `max_requests` requests."""
     return RequestArrays(
-        np.zeros(max_requests, np.int64),
-        np.zeros(max_requests, np.uint64),
-        np.zeros(max_requests, np.bool_),
-        np.zeros(max_requests, np.bool_),
+        tokens=np.zeros((max_requests, max_model_len), np.int32),
+        seed=np.zeros(max_requests, np.uint64),
+        ends_early=np.zeros(max_requests, np.bool_),
+        watched=np.zeros(max_requests, np.bool_),
     )
 
 
@@ -85,7 +83,6 @@ def new_flat_batch(profile: EngineProfile, longest: int) -> FlatBatch:
         tokens=np.zeros(tokens, np.int64),
         positions=np.zeros(tokens, np.int64),
         slots=np.zeros(tokens, np.int64),
-        chunks=np.zeros((seats, 2), np.int32),
         sampled=np.zeros(seats, np.int32),
         sampled_rows=np.zeros(seats, np.int64),
         draws=np.zeros(seats),
@@ -100,11 +97,10 @@ def new_flat_batch(profile: EngineProfile, longest: int) -> FlatBatch:
 @nb.njit(cache=True)
 def prepare(
     state: State, table: BlockTable, arrays: RequestArrays, flat: FlatBatch, save_blocks: int
-) -> tuple[int, int, int, int, int, int, int, int, bool, int]:
+) -> tuple[int, int, int, int, int, int, int, bool, int]:
     """Plans the next iteration, brings the block table up to date and writes the flattened batch; returns `Counts`.
 
-    Tokens of prefill chunks are left to the caller (`chunks`). save_blocks: blocks of deferred requests, at most, to
-    list for copying to host memory.
+    save_blocks: blocks of deferred requests, at most, to list for copying to host memory.
     """
     plan(state)
     swapped_out, swapped_in = reconcile(state, table, flat.swapped_out, flat.swapped_in)
@@ -114,7 +110,7 @@ def prepare(
         request = state.requests[state.running[i]]
         if request.scheduled > 0:
             widest = max(widest, blocks_for(request.computed + request.scheduled, block_size))
-    requests = tokens = chunks = sampled = saved = 0
+    requests = tokens = sampled = saved = 0
     urgent = False
     for i in range(state.scheduler[0].running):
         r = state.running[i]
@@ -132,14 +128,9 @@ def prepare(
             flat.blocks[requests * widest + b] = row[b]
         for position in range(start, end):
             at = tokens + position - start
+            flat.tokens[at] = arrays.tokens[r, position]
             flat.positions[at] = position
             flat.slots[at] = np.int64(row[position // block_size]) * block_size + position % block_size
-        if start >= request.prompt_tokens and start == known - 1:
-            flat.tokens[tokens] = arrays.last_token[r]
-        else:
-            flat.chunks[chunks, 0] = requests
-            flat.chunks[chunks, 1] = tokens
-            chunks += 1
         if end == known:
             flat.sampled[sampled] = r
             flat.sampled_rows[sampled] = tokens + count - 1
@@ -155,9 +146,7 @@ def prepare(
                 save_blocks -= unsaved
         tokens += count
         requests += 1
-    return (
-        requests, tokens, widest, chunks, sampled, swapped_out, swapped_in, saved, urgent, _ended_otherwise(state)
-    )  # fmt: skip
+    return requests, tokens, widest, sampled, swapped_out, swapped_in, saved, urgent, _ended_otherwise(state)
 
 
 @nb.njit(cache=True)
@@ -172,12 +161,13 @@ def finish(
     ended = 0
     for i in range(len(tokens)):
         r = flat.sampled[i]
-        arrays.last_token[r] = tokens[i]
+        request = state.requests[r]
+        arrays.tokens[r, request.prompt_tokens + request.generated] = tokens[i]
         if arrays.ends_early[r] and is_end[tokens[i]]:
             flat.stops[i] = True
         if flat.stops[i]:
             stop_after(state, r)
-        flat.ended[i] = state.requests[r].generated + 1 == state.requests[r].output_tokens
+        flat.ended[i] = request.generated + 1 == request.output_tokens
         ended += flat.ended[i]
     commit(state, elapsed_s)
     return ended, _ended_otherwise(state)

@@ -1,7 +1,7 @@
 """The live engine: the scheduler that the surrogate runs, with an executor between `plan` and `commit`.
 
 Requests come at any time and from any thread; they and everything else that changes the engine's state wait in an inbox
-until the engine looks into it between two iterations. Host work is compiled, or costs a list operation a token.
+until the engine looks into it between two iterations. What is done for every token is compiled.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ class LiveEngine:
         longest = blocks_for(int(profile.values["max_model_len"]), self._block_size)
         self._table = new_block_table(max_requests, int(profile.values["kv_blocks"]), longest)
         self._flat = new_flat_batch(profile, longest)
-        self._arrays = new_request_arrays(max_requests)
+        self._batch_seen: tuple[tuple[int, ...], Any] = ((), None)
+        self._arrays = new_request_arrays(max_requests, int(profile.values["max_model_len"]))
         self._sampling = np.zeros(max_requests, SAMPLING)
         self._is_end = np.zeros(executor.vocab_size, np.bool_)
         self._is_end[list(executor.end_tokens)] = True
@@ -303,6 +304,7 @@ class LiveEngine:
         sampling, arrays = request.sampling, self._arrays
         # Python's own hash of a text differs from run to run.
         seed = sampling.seed if sampling.seed is not None else self._seed << 32 | zlib.crc32(request.id.encode())
+        arrays.tokens[r, : len(request.prompt)] = request.prompt
         arrays.seed[r] = seed & 0xFFFFFFFFFFFFFFFF
         arrays.ends_early[r] = not sampling.ignore_eos
         arrays.watched[r] = output.watched
@@ -368,26 +370,13 @@ class LiveEngine:
         self._collect_ended(counts.ended_otherwise)
         if counts.tokens == 0:
             return False
-        for i, row in flat.chunks[: counts.chunks].tolist():
-            end, count = int(flat.context_lens[i]), int(flat.query_lens[i])
-            flat.tokens[row : row + count] = self._output(flat.requests[i]).between(end - count, end)
         sampled = flat.sampled[: counts.sampled]
-        batch = Batch(
-            tokens=flat.tokens[: counts.tokens],
-            positions=flat.positions[: counts.tokens],
-            slots=flat.slots[: counts.tokens],
-            query_lens=flat.query_lens[: counts.requests],
-            context_lens=flat.context_lens[: counts.requests],
-            block_table=flat.blocks[: counts.requests * counts.widest].reshape(counts.requests, counts.widest),
-            sampled_rows=flat.sampled_rows[: counts.sampled],
-            sampling=self._sampling[sampled] if self._particular else None,
-            draws=flat.draws[: counts.sampled],
-        )
+        sampling = self._sampling[sampled] if self._particular else None
         may_stop = self._safepoints and not counts.urgent
         ids = [] if self._on_step is None else self._ids(counts)
         prepared = time.perf_counter()
         try:
-            outcome = self._executor.execute(batch, self._interrupted if may_stop else None)
+            outcome = self._executor.execute(self._batch(counts), sampling, self._interrupted if may_stop else None)
         except Interrupted:
             self._abandoned += 1
             self._abandon(began_s)
@@ -401,17 +390,15 @@ class LiveEngine:
         executed = time.perf_counter()
         watched = np.flatnonzero(self._arrays.watched[sampled]).tolist() if self._watched else []
         for i in watched:
-            output, token = self._output(sampled[i]), int(outcome.tokens[i])
+            token = int(outcome.tokens[i])
             ends = bool(self._is_end[token] and self._arrays.ends_early[sampled[i]])
-            flat.stops[i] = output.watch(token, ends, outcome.logprobs.get(i))
-        for r, token in zip(sampled.tolist(), outcome.tokens.tolist(), strict=True):
-            self._outputs[r].tokens.append(token)
+            flat.stops[i] = self._output(sampled[i]).watch(token, ends, outcome.logprobs.get(i))
         self._tokens += counts.sampled
         elapsed_s = max(self.clock.now_s() - began_s, 1e-9)
         ended, ended_otherwise = finish(state, self._arrays, flat, outcome.tokens, self._is_end, elapsed_s)
         for i in watched:
             if not flat.ended[i]:
-                self._output(sampled[i]).tell()
+                self._output(sampled[i]).tell(int(outcome.tokens[i]))
         if ended:
             for i in np.flatnonzero(flat.ended[: counts.sampled]).tolist():
                 self._complete(int(sampled[i]), STOP if flat.stops[i] else LENGTH)
@@ -419,6 +406,24 @@ class LiveEngine:
         if self._on_step is not None:
             self._on_step(self._step(counts, ids, began_s, began, prepared, executed, outcome.forward_s))
         return True
+
+    def _batch(self, counts: Counts) -> Batch:
+        """The flattened batch's valid parts, as the same object while their sizes stay."""
+        sizes = counts.requests, counts.tokens, counts.widest, counts.sampled
+        if sizes != self._batch_seen[0]:
+            flat, (requests, tokens, widest, sampled) = self._flat, sizes
+            batch = Batch(
+                tokens=flat.tokens[:tokens],
+                positions=flat.positions[:tokens],
+                slots=flat.slots[:tokens],
+                query_lens=flat.query_lens[:requests],
+                context_lens=flat.context_lens[:requests],
+                block_table=flat.blocks[: requests * widest].reshape(requests, widest),
+                sampled_rows=flat.sampled_rows[:sampled],
+                draws=flat.draws[:sampled],
+            )
+            self._batch_seen = sizes, batch
+        return self._batch_seen[1]
 
     def _output(self, r: int) -> Output:
         output = self._outputs[r]
@@ -522,7 +527,10 @@ class LiveEngine:
         self._executor.forget(r)
         del self._place_of[output.request.id]
         self._places.append(r)
-        self._report(output.complete(finish_reason, self.state.requests[r]))
+        record = self.state.requests[r]
+        first, count = int(record["prompt_tokens"]), int(record["generated"])
+        tokens = self._arrays.tokens[r, first : first + count].tolist()
+        self._report(output.complete(finish_reason, tokens, record))
 
     def _report(self, completion: Completion) -> None:
         with self._lock:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -109,14 +108,12 @@ class Request:
 
 
 class Output:
-    """A request's tokens so far, and their text where somebody wants to know it before the end."""
+    """What is to be known of a request's tokens as they come: their text, where it matters before the end."""
 
     def __init__(self, request: Request, tokenizer: Any) -> None:
         self.request = request
-        self.tokens = array("i")
         self.error: str | None = None
         self._tokenizer = tokenizer
-        self._prompt = np.asarray(request.prompt, np.int32)
         self._logprobs: list[Logprobs] = []
         self._texts: list[str] = []  # pieces of the text
         self._told = 0  # pieces that the listener has
@@ -142,27 +139,18 @@ class Output:
         self._texts.append(stops.push(detokenizer.push([token])))
         return stops.found
 
-    def tell(self) -> None:
-        """Lets the listener know the last token of an output that goes on."""
+    def tell(self, token: int) -> None:
+        """Lets the listener know a token that `watch` has seen and that is not the last."""
         if self.request.listener is not None:
-            self.request.listener(Update(self.request.id, self.tokens[-1], self._untold(), None))
+            self.request.listener(Update(self.request.id, token, self._untold(), None))
 
     def _untold(self) -> str:
         text = "".join(self._texts[self._told :])
         self._told = len(self._texts)
         return text
 
-    def between(self, start: int, end: int) -> np.ndarray:
-        """The tokens from position `start` to `end` of prompt and output: int32 (end - start,)."""
-        prompt = len(self._prompt)
-        if end <= prompt:
-            return self._prompt[start:end]
-        of_output = np.array(self.tokens[max(start - prompt, 0) : end - prompt], np.int32)
-        return np.concatenate((self._prompt[start:], of_output))
-
-    def complete(self, finish_reason: str, record: np.ndarray) -> Completion:
+    def complete(self, finish_reason: str, token_ids: list[int], record: np.ndarray) -> Completion:
         """The completion, of which the listener is told; record: the request's `REQUEST` at its end."""
-        token_ids = self.tokens.tolist()
         if self._reader is not None:
             detokenizer, stops = self._reader
             if not stops.found:

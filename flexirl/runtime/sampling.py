@@ -103,22 +103,27 @@ class Logprobs:
     likeliest: list[tuple[int, float]]
 
 
-def choose(logits: Tensor, sampling: np.ndarray, draws: np.ndarray) -> Tensor:
-    """The next tokens: int64 (S,) on the device of `logits` (S, vocabulary).
+def likeliest(logits: Tensor) -> np.ndarray:
+    """The most likely tokens: int64 (S,), of `logits` (S, vocabulary)."""
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        return logits.numpy().argmax(-1)  # several times faster than PyTorch's on a CPU
+    return logits.argmax(-1).cpu().numpy()
+
+
+def choose(logits: Tensor, sampling: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """The next tokens: int64 (S,), from `logits` (S, vocabulary).
 
     sampling: `SAMPLING` (S,); draws: float64 (S,), uniform in (0, 1). A row's token depends on that row alone: the
     draw is looked up in the cumulative distribution of the tokens that temperature, top-k and top-p leave, in this
     order, as in Transformers.
     """
-    tokens = logits.argmax(-1)
+    tokens = likeliest(logits)
     random = sampling["temperature"] > 0
-    if not random.any():
-        return tokens
     cut = random & ((sampling["top_k"] > 0) | (sampling["top_p"] < 1))
-    for rows, chosen in ((np.flatnonzero(random & ~cut), _draw), (np.flatnonzero(cut), _draw_from_likeliest)):
+    for rows, draw in ((np.flatnonzero(random & ~cut), _draw), (np.flatnonzero(cut), _draw_from_likeliest)):
         if len(rows):
-            at = torch.as_tensor(rows, device=logits.device)
-            tokens[at] = chosen(logits[at].float(), sampling[rows], draws[rows])
+            of_rows = logits[torch.as_tensor(rows, device=logits.device)].float()
+            tokens[rows] = draw(of_rows, sampling[rows], draws[rows]).cpu().numpy()
     return tokens
 
 
@@ -148,19 +153,17 @@ def _column(values: np.ndarray, like: Tensor) -> Tensor:
     return torch.as_tensor(values, device=like.device).to(like.dtype)[:, None]
 
 
-def log_probabilities(logits: Tensor, tokens: Tensor, sampling: np.ndarray) -> dict[int, Logprobs]:
+def log_probabilities(logits: Tensor, tokens: np.ndarray, sampling: np.ndarray) -> dict[int, Logprobs]:
     """Of the rows that ask for them, by row; arguments as in `choose`."""
     rows = np.flatnonzero(sampling["logprobs"] >= 0)
     if len(rows) == 0:
         return {}
-    at = torch.as_tensor(rows, device=logits.device)
-    all_logprobs = logits[at].float().log_softmax(-1)
-    chosen = all_logprobs.gather(-1, tokens[at][:, None])[:, 0].tolist()
-    most = int(sampling["logprobs"].max())
-    best = all_logprobs.topk(most, -1)
+    of_rows = logits[torch.as_tensor(rows, device=logits.device)].float().log_softmax(-1)
+    best = of_rows.topk(int(sampling["logprobs"].max()), -1)
+    values, indices, of_rows = best.values.tolist(), best.indices.tolist(), of_rows.cpu()
     found = {}
     for i, row in enumerate(rows.tolist()):
-        count = int(sampling["logprobs"][row])
-        likeliest = zip(best.indices[i, :count].tolist(), best.values[i, :count].tolist(), strict=True)
-        found[row] = Logprobs(chosen[i], list(likeliest))
+        asked = int(sampling["logprobs"][row])
+        pairs = list(zip(indices[i][:asked], values[i][:asked], strict=True))
+        found[row] = Logprobs(float(of_rows[i, tokens[row]]), pairs)
     return found

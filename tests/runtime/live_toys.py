@@ -76,7 +76,7 @@ class ToyExecutor:
         """See `Executor`."""
         self.host.forget(r)
 
-    def execute(self, batch: Batch, interrupted: Callable[[], bool] | None) -> Outcome:
+    def execute(self, batch: Batch, sampling: np.ndarray | None, interrupted: Callable[[], bool] | None) -> Outcome:
         """See `Executor`."""
         if self.most_tokens is not None and len(batch.tokens) > self.most_tokens:
             raise OutOfMemory

@@ -71,7 +71,7 @@ def storm(state: State, table: BlockTable, arrays: RequestArrays, flat: FlatBatc
             counts[4] += 1
             cancel(state, r)
         before = state.classes[0].preemptions + state.classes[1].preemptions
-        n, tokens, widest, _, sampled, out, back, _, _, _ = prepare(state, table, arrays, flat, 0)
+        n, tokens, widest, sampled, out, back, _, _, _ = prepare(state, table, arrays, flat, 0)
         counts[2] += state.classes[0].preemptions + state.classes[1].preemptions - before
         counts[0] += out
         counts[1] += back
@@ -126,7 +126,7 @@ def test_blocks_are_exact_after_a_million_steps(caching: int) -> None:
     state = State(*(array[0] for array in new_states(1, engine, PLACES, 1)))
     surrogate.start(state, empty_rows(0), np.zeros(0, np.int32), 0)
     longest = LONGEST // BLOCK_SIZE
-    table, arrays = new_block_table(PLACES, BLOCKS, longest), new_request_arrays(PLACES)
+    table, arrays = new_block_table(PLACES, BLOCKS, longest), new_request_arrays(PLACES, LONGEST)
     flat = new_flat_batch(engine, longest)
     counts = storm(state, table, arrays, flat, empty_rows(1))
     swapped_out, swapped_in, preempted, abandoned, cancelled, iterations, *errors = counts.tolist()

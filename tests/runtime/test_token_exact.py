@@ -38,14 +38,14 @@ class CheckedExecutor(ModelExecutor):
         self.host: HostCache = self._host
         self.between_layers = lambda: None
 
-    def execute(self, batch: Batch, interrupted: Any) -> Outcome:
+    def execute(self, batch: Batch, sampling: Any, interrupted: Any) -> Outcome:
         """Interferes after every layer but the last, when the cache is half written."""
 
         def ask() -> bool:
             self.between_layers()
             return interrupted is not None and interrupted()
 
-        return super().execute(batch, ask)
+        return super().execute(batch, sampling, ask)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -198,7 +198,8 @@ def _load(folder: Path, config: PretrainedConfig, device: torch.device, dtype: t
         missing = sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
         if missing:
             raise UserError(f"Model {folder} has no fitting weights for {missing[0]}; its files are incomplete.")
-        ready: PreTrainedModel = model.to(device).eval()
+        # Without gradients to track, no context has to be entered for each iteration.
+        ready: PreTrainedModel = model.to(device).eval().requires_grad_(False)
         return ready
     except torch.OutOfMemoryError:
         raise UserError(f"Model {folder} does not fit into the memory of {device}; use a smaller one.") from None
@@ -225,7 +226,6 @@ def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(token for token in tokens if token is not None))
 
 
-@torch.inference_mode()
 def _probe(model: PreTrainedModel, folder: Path) -> tuple[Geometry, int]:
     """Puts our attention into the model and checks it against the model's own; returns what the layers are."""
     try:

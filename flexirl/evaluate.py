@@ -1,14 +1,29 @@
-"""Program: compares policies on the same arrivals: `python -m flexirl.evaluate policies='[hygen,PATH.onnx]'`."""
+"""Program: compares policies on the same arrivals: `python -m flexirl.evaluate policies='[hygen,PATH.onnx]'`.
+
+On the surrogate, on a live engine (`executor=live model=tiny`), or on both, side by side (`compare=live,surrogate`).
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from flexirl.configured import count_of, load_task, names_of, seed_of
-from flexirl.evaluation import compare, table, write_leaderboard
-from flexirl.plots import plot_comparison, plot_timeline
+from flexirl.envs.fleet import Task
+from flexirl.errors import UserError
+from flexirl.evaluation import Runner, compare, on_surrogate, table, write_leaderboard
+from flexirl.fidelity import rank_agreement, side_by_side, write_fidelity
+from flexirl.fidelity import table as fidelity_table
+from flexirl.plots import plot_comparison, plot_fidelity, plot_timeline
 from flexirl.policies.registry import check_names
 from flexirl.program import output_folder, run_program
+from flexirl.runtime.policy import Policy
+from flexirl.runtime.simulation import Run
+from flexirl.workloads.trace import Trace
+
+ENGINES = ("surrogate", "live")
 
 
 def run(config: DictConfig) -> None:
@@ -16,19 +31,58 @@ def run(config: DictConfig) -> None:
     folder = output_folder()
     names = names_of(config.policies, "policies")
     check_names(names)
-    seeds = count_of(config.seeds, "seeds")
+    seeds, seed = count_of(config.seeds, "seeds"), seed_of(config.seed)
+    engines = [str(config.executor)] if config.compare is None else str(config.compare).split(",")
+    for engine in engines:
+        if engine not in ENGINES:
+            raise UserError(f"{engine} is no engine to run on; choose from {', '.join(ENGINES)}.")
     task = load_task(config)
     OmegaConf.save(config, folder / "config.yaml", resolve=True)
     tuning = None
     if config.tuning.path is not None:
         tuning = load_task(OmegaConf.merge(config, {"workload": {"path": config.tuning.path}}))  # type: ignore[arg-type]
-    comparison = compare(task, names, seeds, tuning, seed_of(config.seed))
-    write_leaderboard(comparison.rows, folder)
-    plot_comparison(comparison.rows, folder / "comparison.png")
-    for name, result in comparison.first_runs.items():
-        plot_timeline(result.timeline, name, folder / f"timeline_{name.replace(':', '_')}.png")
-    print(table(comparison.rows))
+    runners: dict[str, Runner] = {"surrogate": on_surrogate}
+    if "live" in engines:
+        task, runners["live"] = live_engine(config, task)
+    rows = {}
+    for engine in engines:
+        comparison = compare(task, names, seeds, tuning, seed, runners[engine])
+        rows[engine] = comparison.rows
+        place = folder / engine if len(engines) > 1 else folder
+        place.mkdir(exist_ok=True)
+        write_leaderboard(comparison.rows, place)
+        plot_comparison(comparison.rows, place / "comparison.png")
+        for name, result in comparison.first_runs.items():
+            plot_timeline(result.timeline, name, place / f"timeline_{name.replace(':', '_')}.png")
+        print(table(comparison.rows) if len(engines) == 1 else f"{engine}\n{table(comparison.rows)}\n")
+    if len(rows) == 2:
+        compared = side_by_side(rows["live"], rows["surrogate"])
+        tau = rank_agreement(rows["live"], rows["surrogate"])
+        write_fidelity(compared, tau, folder)
+        plot_fidelity(compared, folder / "fidelity.png")
+        print(f"{fidelity_table(compared)}\norders of the policies by revenue: Kendall's tau {tau:.2f}")
     print(f"written to {folder}")
+
+
+def live_engine(config: DictConfig, task: Task) -> tuple[Task, Runner]:
+    """The task on what the model and this machine can hold, and what runs a policy there."""
+    # Transformers takes seconds to import, which the surrogate need not wait for.
+    from flexirl.runtime.executor import ModelExecutor, fit_profile
+    from flexirl.runtime.live_run import run_live
+    from flexirl.runtime.models.loading import load_model
+
+    torch.set_num_threads(count_of(config.threads, "threads"))
+    model = load_model(config.model, config.device, config.dtype)
+    profile = fit_profile(model, task.engine, config.engine.kv_blocks, config.engine.host_kv_blocks)
+    executor = ModelExecutor(model, profile)
+
+    def runner(policy: Policy, task: Task, trace: Trace, seed: int) -> Run:
+        scenario = task.scenario
+        return run_live(
+            policy, executor, trace, task.slo, task.duration_s(), scenario.warmup_s, task.interval_s, seed, task.prices
+        )  # fmt: skip
+
+    return replace(task, engine=profile), runner
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,18 @@ TUNING_SEED, COMPARISON_SEED = 500_000, 1_000_000
 Row = dict[str, Any]
 
 
+# Runs a policy on a trace, with a seed for what the trace leaves open.
+Runner = Callable[[Policy, Task, Trace, int], Run]
+
+
+def on_surrogate(policy: Policy, task: Task, trace: Trace, seed: int) -> Run:
+    """One run on the surrogate engine."""
+    return simulate(
+        policy, task.engine, trace, task.slo, task.duration_s(), task.scenario.warmup_s, task.interval_s, seed,
+        task.prices,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Leaderboard rows (one per policy and seed) and, per policy, its run on the first seed."""
@@ -35,12 +47,17 @@ class Comparison:
 
 
 def compare(
-    task: Task, names: Sequence[str], seeds: int, tuning_task: Task | None = None, base_seed: int = 0
+    task: Task,
+    names: Sequence[str],
+    seeds: int,
+    tuning_task: Task | None = None,
+    base_seed: int = 0,
+    runner: Runner = on_surrogate,
 ) -> Comparison:
     """Runs every policy on `seeds` episodes of the task; the anchors always run, since figures refer to them.
 
     tuning_task: where knobs that are searched per scenario are searched; the task itself, on other seeds, by default.
-    Raises UserError for an unknown policy.
+    runner: the engine; the surrogate, or a live one. Raises UserError for an unknown policy.
     """
     names = list(dict.fromkeys([*names, *ANCHORS]))
     policies = [make_policy(name) for name in names]
@@ -52,7 +69,7 @@ def compare(
             progress.set_postfix_str(policy.name)
             ready = tune(policy, TuningEpisodes(tuning_task or task, base_seed), task.slo, base_seed)
             for i, trace in enumerate(traces):
-                run = run_policy(ready, task, trace, i)
+                run = run_policy(ready, task, trace, i, runner)
                 rows.append(
                     {
                         "policy": policy.name, "workload": task.scenario.name, "engine": task.engine.name,
@@ -66,14 +83,11 @@ def compare(
     return Comparison(rows, first_runs)
 
 
-def run_policy(policy: Policy, task: Task, trace: Trace, seed: int) -> Run:
+def run_policy(policy: Policy, task: Task, trace: Trace, seed: int, runner: Runner = on_surrogate) -> Run:
     """One run; the anchor `deferred_only` runs on the trace without its immediate requests."""
     if policy.name == "deferred_only":
         trace = Trace(trace.of_class(DEFERRED), trace.name, trace.num_tenants)
-    return simulate(
-        policy, task.engine, trace, task.slo, task.duration_s(), task.scenario.warmup_s, task.interval_s, seed,
-        task.prices,
-    )  # fmt: skip
+    return runner(policy, task, trace, seed)
 
 
 def load_of(task: Task, trace: Trace) -> float:

@@ -43,7 +43,7 @@ def timeline_figure(timeline: np.ndarray, title: str) -> Figure:
     batch.stackplot(
         now, timeline["immediate_running"], timeline["deferred_running"], colors=[IMMEDIATE_COLOUR, DEFERRED_COLOUR]
     )
-    batch.set(ylabel="running requests", xlabel="simulated time (s)")
+    batch.set(ylabel="running requests", xlabel="time on the engine's clock (s)")
     chunk = batch.twinx()
     chunk.plot(now, timeline["prefill_tokens"], color=NEUTRAL, linewidth=0.6, label="prefill tokens an iteration")
     chunk.set_ylabel("prefill tokens")
@@ -129,3 +129,21 @@ def plot_calibration(
         axes.set(title=title, xlabel="measured seconds", ylabel="predicted seconds", xscale="log", yscale="log")
         axes.legend(fontsize=8)
     figure.savefig(folder / "calibration.png")
+
+
+def plot_fidelity(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Differences between surrogate and live engine, a row of dots per figure; `rows` of `fidelity.side_by_side`."""
+    figures = list(dict.fromkeys(row["figure"] for row in rows))[::-1]
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    figure = _figure(9, 0.32 * len(figures) + 1.4)
+    axes = figure.subplots()
+    for i, policy in enumerate(policies):
+        mine = [row for row in rows if row["policy"] == policy and row["difference"] is not None]
+        shares = [100 * row["difference"] for row in mine]
+        axes.scatter(shares, [figures.index(row["figure"]) for row in mine], s=22, color=f"C{i}", label=policy)
+    axes.axvline(0.0, color=NEUTRAL, linewidth=0.8)
+    axes.set_yticks(range(len(figures)), figures)
+    axes.set(xlabel="surrogate against live engine, % (log beyond 10)")
+    axes.set_xscale("symlog", linthresh=10)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure.savefig(path)

@@ -22,7 +22,7 @@ _CONF = Path(__file__).resolve().parent / "conf"
 
 def run_program(config_name: str, body: Callable[[DictConfig], object]) -> None:
     """Runs `body` on the configuration `conf/<config_name>.yaml` with the command line's overrides."""
-    sys.argv[1:] = [part for argument in sys.argv[1:] for part in _engine_file(argument)]
+    sys.argv[1:] = [part for argument in sys.argv[1:] for part in _spelled_out(argument)]
     # Hydra then raises what it would print, so that it can be said in a sentence.
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
@@ -40,10 +40,12 @@ def run_program(config_name: str, body: Callable[[DictConfig], object]) -> None:
         sys.exit(130)
 
 
-def _engine_file(argument: str) -> list[str]:
-    """`engine=PATH.json` names a profile's file rather than a choice of the group."""
+def _spelled_out(argument: str) -> list[str]:
+    """What Hydra would take for another thing: `engine=PATH.json` is a file, `compare=live,surrogate` no sweep."""
     if argument.startswith("engine=") and argument.endswith(".json"):
         return ["engine=file", f"engine.profile={argument.removeprefix('engine=')}"]
+    if argument.startswith("compare=") and "," in argument:
+        return [f"compare='{argument.removeprefix('compare=')}'"]
     return [argument]
 
 

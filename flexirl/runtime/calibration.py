@@ -111,7 +111,7 @@ def make_batch(shape: Shape, executor: Executor, rng: np.random.Generator) -> tu
     features["chunk_context"] = shape.chunk * (shape.before + 0.5 * shape.chunk)
     return Batch(
         tokens=rng.integers(0, executor.vocab_size, ends[-1]), positions=positions, slots=slots, query_lens=query_lens,
-        context_lens=context_lens, block_table=table, sampled_rows=ends - 1, sampling=None,
+        context_lens=context_lens, block_table=table, sampled_rows=ends - 1,
         draws=np.zeros(len(blocks)),
     ), features  # fmt: skip
 
@@ -169,8 +169,8 @@ def _measure(
             break
         progress(min(passed_s / seconds, 1.0))
         batch, record = make_batch(shape, executor, rng)
-        executor.execute(batch, None)  # the first of a shape pays for buffers and, on a GPU, for compilation
-        run = partial(executor.execute, batch, None)
+        executor.execute(batch, None, None)  # the first of a shape pays for buffers and, on a GPU, for compilation
+        run = partial(executor.execute, batch, None, None)
         repeats_s = np.array([_seconds(run, now_s) for _ in range(REPEATS)])
         features.append(record)
         times_s.append(float(np.median(repeats_s)))

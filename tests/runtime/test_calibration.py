@@ -43,7 +43,7 @@ class KnownDevice:
         self.now_s += 3e-6 * 16 * sum(blocks)
         return dict.fromkeys([*moves.out, *moves.back], 0)
 
-    def execute(self, batch: Batch, interrupted: Any) -> Outcome:
+    def execute(self, batch: Batch, sampling: Any, interrupted: Any) -> Outcome:
         decodes = batch.query_lens == 1
         self.now_s += 5e-3 + 4e-5 * len(batch.tokens) + 1e-6 * batch.context_lens[decodes].sum()
         return Outcome(np.zeros(len(batch.sampled_rows), np.int64), {}, 0.0)

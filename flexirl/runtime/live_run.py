@@ -72,6 +72,8 @@ def run_live(
                     int(row["predicted_output_tokens"]), float(row["arrival_s"]),
                 )
             )  # fmt: skip
+    if warmup_s <= 0:
+        before.append(Snapshot.of(live.state))
     live.run(duration_s)
     timeline.append(timeline_row(live.state))
     figures = account(live.state, before[0] if before else Snapshot.of(live.state), warmup_s, prices)

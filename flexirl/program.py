@@ -22,7 +22,7 @@ _CONF = Path(__file__).resolve().parent / "conf"
 
 def run_program(config_name: str, body: Callable[[DictConfig], object]) -> None:
     """Runs `body` on the configuration `conf/<config_name>.yaml` with the command line's overrides."""
-    sys.argv[1:] = [part for argument in sys.argv[1:] for part in _engine_file(argument)]
+    sys.argv[1:] = [part for argument in sys.argv[1:] for part in _from_file(argument)]
     # Hydra then raises what it would print, so that it can be said in a sentence.
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
@@ -40,10 +40,11 @@ def run_program(config_name: str, body: Callable[[DictConfig], object]) -> None:
         sys.exit(130)
 
 
-def _engine_file(argument: str) -> list[str]:
-    """`engine=PATH.json` names a profile's file rather than a choice of the group."""
-    if argument.startswith("engine=") and argument.endswith(".json"):
-        return ["engine=file", f"engine.profile={argument.removeprefix('engine=')}"]
+def _from_file(argument: str) -> list[str]:
+    """`engine=PATH.json` and `policy=PATH.onnx` name a file rather than a choice of the group."""
+    for group, suffix, field in (("engine", ".json", "profile"), ("policy", ".onnx", "name")):
+        if argument.startswith(f"{group}=") and argument.endswith(suffix):
+            return [f"{group}=file", f"{group}.{field}={argument.removeprefix(f'{group}=')}"]
     return [argument]
 
 

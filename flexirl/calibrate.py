@@ -21,6 +21,8 @@ from flexirl.program import output_folder, run_program
 from flexirl.runtime.engine import save_profile
 from flexirl.runtime.step_time import BATCH
 
+RULE = "qoserve"  # decides in the engine's own run, by which the fit is checked
+
 
 def run(config: DictConfig) -> None:
     """Measures, fits, prints and writes; raises UserError for bad configuration."""
@@ -31,7 +33,7 @@ def run(config: DictConfig) -> None:
 
     folder = output_folder()
     seconds, seed = number(config.seconds, "seconds"), seed_of(config.seed)
-    profile, policy = load_engine(config.engine), make_policy(str(config.policy))
+    profile = load_engine(config.engine)
     torch.set_num_threads(count_of(config.threads, "threads"))
     OmegaConf.save(config, folder / "config.yaml", resolve=True)
     model = load_model(config.model, config.device, config.dtype)
@@ -42,10 +44,16 @@ def run(config: DictConfig) -> None:
         "date": datetime.date.today().isoformat(),
     }  # fmt: skip
     with tqdm(total=100, unit="%", desc="measuring", disable=not config.progress) as bar:
+        name = str(config.name or f"{Path(model.name).name}-{model.device.type}")
         found = calibrate(
-            executor, policy, str(config.name or f"{Path(model.name).name}-{model.device.type}"), about, seconds, seed,
+            executor,
+            make_policy(RULE),
+            name,
+            about,
+            seconds,
+            seed,
             lambda share: bar.update(round(100 * share) - bar.n),
-        )  # fmt: skip
+        )
     save_profile(found.profile, folder / "profile.json")
     columns = {**{name: found.features[name] for name in BATCH.names or ()}, "seconds": found.times_s}
     table = np.column_stack(list(columns.values()))

@@ -13,8 +13,10 @@ from flexirl.envs.batching import BatchingEnv
 from flexirl.envs.fleet import Task
 from flexirl.envs.reward import Reward
 from flexirl.errors import UserError
+from flexirl.policies.registry import make_policy
 from flexirl.runtime.accounts import Prices
 from flexirl.runtime.engine import EngineProfile, load_profile
+from flexirl.runtime.policy import Policy
 from flexirl.workloads.config import from_config
 from flexirl.workloads.scenario import SLO
 
@@ -25,6 +27,12 @@ def load_engine(config: DictConfig) -> EngineProfile:
     """The engine of group `engine`: its profile with the figures that are not null replaced."""
     changes = {str(name): value for name, value in config.items() if name != "profile" and value is not None}
     return load_profile(config.profile).replace(**changes)
+
+
+def load_rule(config: DictConfig) -> Policy:
+    """The policy of group `policy`: a rule with its knobs, or the network in an .onnx file."""
+    knobs = {str(name): value for name, value in config.items() if name != "name"}
+    return make_policy(str(config.name), knobs)
 
 
 def load_slo(config: DictConfig) -> SLO:

@@ -13,10 +13,9 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from flexirl.configured import count_of, load_engine, load_slo, number, seed_of
+from flexirl.configured import count_of, load_engine, load_rule, load_slo, number, seed_of
 from flexirl.errors import UserError
 from flexirl.plots import plot_timeline
-from flexirl.policies.registry import make_policy
 from flexirl.program import output_folder, run_program
 from flexirl.runtime.engine import EngineProfile
 from flexirl.runtime.live import LiveEngine
@@ -38,7 +37,7 @@ def run(config: DictConfig) -> None:
     folder = output_folder()
     path = Path(str(config.prompts))
     lines = read_lines(path)
-    policy, profile, slo = make_policy(str(config.policy)), load_engine(config.engine), load_slo(config.slo)
+    policy, profile, slo = load_rule(config.policy), load_engine(config.engine), load_slo(config.slo)
     max_tokens = count_of(config.max_tokens, "max_tokens")
     OmegaConf.save(config, folder / "config.yaml", resolve=True)
     model = load_model(config.model, config.device, config.dtype)

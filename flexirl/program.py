@@ -41,9 +41,10 @@ def run_program(config_name: str, body: Callable[[DictConfig], object]) -> None:
 
 
 def _spelled_out(argument: str) -> list[str]:
-    """What Hydra would take for another thing: `engine=PATH.json` is a file, `compare=live,surrogate` no sweep."""
-    if argument.startswith("engine=") and argument.endswith(".json"):
-        return ["engine=file", f"engine.profile={argument.removeprefix('engine=')}"]
+    """What Hydra would take for another thing: files in place of a group's choice; `compare=a,b`, which is no sweep."""
+    for group, suffix, field in (("engine", ".json", "profile"), ("policy", ".onnx", "name")):
+        if argument.startswith(f"{group}=") and argument.endswith(suffix):
+            return [f"{group}=file", f"{group}.{field}={argument.removeprefix(f'{group}=')}"]
     if argument.startswith("compare=") and "," in argument:
         return [f"compare='{argument.removeprefix('compare=')}'"]
     return [argument]

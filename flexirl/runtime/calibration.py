@@ -168,11 +168,13 @@ def _measure(
         if passed_s > seconds and len(times_s) >= LEAST_SHAPES:
             break
         progress(min(passed_s / seconds, 1.0))
-        batch, record = make_batch(shape, executor, rng)
-        executor.execute(batch, None, None)  # the first of a shape pays for buffers and, on a GPU, for compilation
-        run = partial(executor.execute, batch, None, None)
-        repeats_s = np.array([_seconds(run, now_s) for _ in range(REPEATS)])
-        features.append(record)
+        # Other blocks each time, as an engine would have; the first run pays for buffers and, on a GPU, compilation.
+        batches = [make_batch(shape, executor, rng) for _ in range(REPEATS + 1)]
+        executor.execute(batches[0][0], None, None)
+        repeats_s = np.array(
+            [_seconds(partial(executor.execute, batch, None, None), now_s) for batch, _ in batches[1:]]
+        )
+        features.append(batches[0][1])
         times_s.append(float(np.median(repeats_s)))
         deviations += np.abs(np.log(repeats_s / times_s[-1])).tolist()
     progress(1.0)

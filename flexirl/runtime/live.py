@@ -47,6 +47,7 @@ from flexirl.workloads.trace import TRACE_ROW, empty_rows
 _LOG = logging.getLogger(__name__)
 _NEVER_S = float("inf")
 _NO_LIMIT = 1 << 62
+_PATIENCE = 256  # iterations that have to fit before larger ones are tried again
 
 
 class Step(NamedTuple):
@@ -124,6 +125,7 @@ class LiveEngine:
         self._watched = self._particular = 0  # outputs to watch, and those that do not just take the likeliest token
         self._expected: list[tuple[float, int, Request]] = []  # a heap of requests that arrive later
         self._ended_otherwise = 0
+        self._shrunk, self._shrunk_at = False, 0  # iterations are kept small for want of memory, since that iteration
         self._intervals = 0  # that have begun
 
         self._lock = threading.Lock()
@@ -394,6 +396,8 @@ class LiveEngine:
             ends = bool(self._is_end[token] and self._arrays.ends_early[sampled[i]])
             flat.stops[i] = self._output(sampled[i]).watch(token, ends, outcome.logprobs.get(i))
         self._tokens += counts.sampled
+        if self._shrunk:
+            self._grow_back()
         elapsed_s = max(self.clock.now_s() - began_s, 1e-9)
         ended, ended_otherwise = finish(state, self._arrays, flat, outcome.tokens, self._is_end, elapsed_s)
         for i in watched:
@@ -456,18 +460,26 @@ class LiveEngine:
         self._collect_ended()
 
     def _shrink(self, counts: Counts) -> None:
-        """The iteration did not fit into memory: smaller ones from now on, and what cannot run in any ends."""
+        """The iteration did not fit into memory: smaller ones for a while, and what cannot run in any ends."""
         if counts.tokens > 1:
-            budget = counts.tokens // 2
-            self.state.engine["max_tokens_per_step"] = budget
-            _LOG.warning("out of memory: an iteration has at most %d tokens from now on", budget)
+            self._set_budget(counts.tokens // 2)
+            _LOG.warning("out of memory: an iteration has at most %d tokens for now", counts.tokens // 2)
             return
         r = int(self._flat.requests[0])
-        output = self._outputs[r]
-        if output is not None:
-            output.error = "The device is out of memory; send it again when the engine has less to do."
-            cancel(self.state, r)
-            self._collect_ended()
+        self._output(r).error = "The device is out of memory; send it again when the engine has less to do."
+        cancel(self.state, r)
+        self._collect_ended()
+
+    def _grow_back(self) -> None:
+        """Iterations fit again: lets them grow, since whatever took the memory may be gone."""
+        budget = int(self.state.engine["max_tokens_per_step"][0])
+        if self.view.iterations >= self._shrunk_at + _PATIENCE:
+            self._set_budget(min(2 * budget, int(self._executor.profile.values["max_tokens_per_step"])))
+
+    def _set_budget(self, tokens: int) -> None:
+        self.state.engine["max_tokens_per_step"] = tokens
+        self._shrunk = bool(tokens < self._executor.profile.values["max_tokens_per_step"])
+        self._shrunk_at = self.view.iterations
 
     def _ids(self, counts: Counts) -> list[str]:
         return [self._output(r).request.id for r in self._flat.requests[: counts.requests].tolist()]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 _REPLACEMENT = "�"  # what a tokenizer gives for bytes that are no character, or none yet
-_MOST_PENDING = 3  # an unfinished UTF-8 character has at most 3 bytes, and some tokenizers give one mark for each
-_WINDOW, _KEPT = 24, 8  # tokens decoded together at most, and kept when the window moves on
+_UNFINISHED = 3  # bytes of an unfinished UTF-8 character, at most, each of which may be a token
+_WINDOW, _KEPT = 32, 12  # tokens decoded together at most, and kept when the window moves on all the same
 
 
 class Detokenizer:
@@ -27,18 +27,19 @@ class Detokenizer:
         """The text that these further tokens settle."""
         self._window += tokens
         text = self._decode(self._window)
-        pending = 0
-        while pending < _MOST_PENDING and text.endswith(_REPLACEMENT, 0, len(text) - pending):
-            pending += 1
+        # One unfinished character can make marks of all bytes in a row, those of finished characters before it, too.
+        pending = len(text) - len(text.rstrip(_REPLACEMENT))
+        full = len(self._window) > _WINDOW
+        if pending > 0 and full:  # then it is no text
+            pending = min(pending, _UNFINISHED)
         new = text[self._given : len(text) - pending]
         self._given += len(new)
         if pending == 0:
             # The next window starts with the tokens just settled, for what the next ones' text owes to them.
             self._window, self._settled = self._window[self._settled :], len(self._window) - self._settled
             self._given = len(self._decode(self._window))
-        elif len(self._window) > _WINDOW:  # bytes that will never be text
-            self._window = self._window[-_KEPT:]
-            self._settled = 0
+        elif full:
+            self._window, self._settled = self._window[-_KEPT:], 0
             self._given = max(len(self._decode(self._window)) - pending, 0)
         return new
 

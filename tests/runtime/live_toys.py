@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from toys import decision_with
 
 from flexirl.runtime.block_table import BlockTable, check_blocks, reconcile
 from flexirl.runtime.engine import EngineProfile
@@ -148,6 +149,23 @@ def random_decision(rng: np.random.Generator, tokens: int) -> np.ndarray:
     decision["deferred_kv_share"] = rng.choice([1.0, 1.0, 0.5])
     decision["reserve_ratio"] = decision["reserve_new_ratio"] = rng.choice([0.0, 0.0, 0.5])
     return decision
+
+
+class Constant:
+    """A policy that always says the same: the default decision with some fields changed."""
+
+    name = "constant"
+    every_iteration = True
+
+    def __init__(self, **changes: float) -> None:
+        self._decision = decision_with(**changes)
+
+    def reset(self, view: View) -> None:
+        """Nothing to forget."""
+
+    def decide(self, view: View) -> np.ndarray:
+        """See `Policy`."""
+        return self._decision
 
 
 class RandomPolicy:

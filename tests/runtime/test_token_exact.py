@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from live_toys import LiveRun, RandomPolicy
+from live_toys import Constant, LiveRun, RandomPolicy
 from toys import toy_engine
 
 from flexirl.runtime.executor import Batch, ModelExecutor, Outcome
@@ -112,3 +112,65 @@ def test_no_schedule_changes_a_token(model: LoadedModel) -> None:
         else:
             assert completion.token_ids == expected[: len(completion.token_ids)]
     assert whole > 25 and len({token for c in run.completions.values() for token in c.token_ids}) > 100
+
+
+def test_the_seed_and_not_the_schedule_decides_what_is_drawn(model: LoadedModel) -> None:
+    """The same requests under three schedules: tokens and log-probabilities are the same, seeds given or not."""
+    rng = np.random.default_rng(8)
+    requests = [
+        Request(
+            id=f"r{i}",
+            prompt=rng.integers(0, 256, rng.integers(1, 40)).tolist(),
+            max_tokens=int(rng.integers(5, 25)),
+            request_class=i % 2,
+            sampling=Sampling(
+                temperature=float(rng.choice([0.0, 0.8, 1.5])),
+                top_k=int(rng.choice([0, 10])),
+                top_p=float(rng.choice([1.0, 0.8])),
+                seed=int(rng.integers(1000)) if i % 3 else None,
+                logprobs=2 if i % 4 == 0 else None,
+            ),
+        )
+        for i in range(12)
+    ]
+    runs = []
+    for seed in range(3):
+        run = LiveRun(CheckedExecutor(model), RandomPolicy(seed, 24), seed=5)
+        for request in requests:
+            run.engine.add_request(request)
+        run.drain()
+        runs.append(run.completions)
+    for request in requests:
+        first, *others = (completions[request.id] for completions in runs)
+        for other in others:
+            assert other.token_ids == first.token_ids
+        asked = request.sampling.logprobs is not None
+        assert len(first.logprobs) == (len(first.token_ids) if asked else 0)
+        for logprobs in first.logprobs:
+            assert len(logprobs.likeliest) == 2 and logprobs.token <= logprobs.likeliest[0][1] + 1e-6 < 1e-5
+    # Those without a seed draw by the engine's and their own id.
+    other_seed = LiveRun(CheckedExecutor(model), RandomPolicy(0, 24), seed=6)
+    for request in requests:
+        other_seed.engine.add_request(request)
+    other_seed.drain()
+    differ = {
+        name for name, completion in other_seed.completions.items() if completion.token_ids != runs[0][name].token_ids
+    }
+    assert differ and all(requests[int(name[1:])].sampling.seed is None for name in differ)
+
+
+@pytest.mark.parametrize("block", [0, 6])
+def test_the_comparison_can_fail(model: LoadedModel, block: int) -> None:
+    """One block of keys and values lost changes what is generated, unless it lies before the sliding window."""
+    request = Request("a", list(range(40, 70)), 30, sampling=Sampling(ignore_eos=True))
+    expected = generate_alone(model, request)
+    executor = CheckedExecutor(model)
+    run = LiveRun(executor, Constant())
+    run.engine.add_request(request)
+    while run.engine.metrics()["tokens"] < 3:
+        run.step()
+    executor._cache[:, run.engine._table.blocks[0, block]] = 0.0
+    run.drain()
+    generated = run.completions["a"].token_ids
+    before_window = block == 0 and model.model.config.model_type == "mistral"
+    assert generated[:3] == expected[:3] and (generated == expected) == before_window

@@ -16,8 +16,6 @@ from transformers import AttentionInterface
 from flexirl.runtime.kernels import AttentionBatch, paged_attention, write_kv
 
 NAME = "flexirl_paged"
-# Keyword arguments without a meaning here: no dropout in inference, positions are in the batch, the cache is ours.
-_IGNORED = {"dropout", "position_ids", "use_cache", "cache_position", "is_causal", "output_attentions"}
 
 
 class Interrupted(Exception):
@@ -100,16 +98,19 @@ def _attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     paged: Attend | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What Transformers calls for each layer, with query (1, heads, T, dim); returns (1, T, heads, dim)."""
+    """What Transformers calls for each layer, with query (1, heads, T, dim); returns (1, T, heads, dim).
+
+    Of `others` nothing matters here, or the trial run that follows loading shows that it does.
+    """
     if paged is None:
         raise Unsupported("its layers do not pass on what the attention function needs")
     if attention_mask is not None:
         raise Unsupported("it masks attention in a way of its own")
-    for name, argument in others.items():
-        if argument is not None and name not in _IGNORED:
-            raise Unsupported(f"its attention takes {'attention sinks' if name == 's_aux' else name}")
+    if s_aux is not None:
+        raise Unsupported("it has attention sinks")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
     layer: int = module.layer_idx  # type: ignore[assignment]

@@ -1,0 +1,105 @@
+"""`python -m flexirl.generate` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexirl import generate
+from flexirl.program import run_program
+
+ROOT = Path(__file__).parents[1]
+FIELDS = {"id", "token_ids", "text", "finish_reason", "ttft_s", "e2e_s", "preemptions"}
+
+
+def run_generate(folder: Path, lines: list[Any], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs the program on these lines in a folder; a line that is not text is written as JSON."""
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    (folder / "prompts.jsonl").write_text(text)
+    return subprocess.run(
+        [sys.executable, "-m", "flexirl.generate", "prompts=prompts.jsonl", "hydra.run.dir=out", *arguments],
+        capture_output=True, text=True, check=False, cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def completions(folder: Path) -> list[dict[str, Any]]:
+    """What the run wrote."""
+    return [json.loads(line) for line in (folder / "out" / "completions.jsonl").read_text().splitlines()]
+
+
+GOOD: list[Any] = [
+    {"id": "greedy", "class": "immediate", "prompt": "Once upon a time", "max_tokens": 20, "ignore_eos": True},
+    {"id": "tokens", "class": "deferred", "prompt_token_ids": [1, 2, 3] * 20, "max_tokens": 30, "ignore_eos": True},
+    *({"id": f"d{i}", "class": "deferred", "prompt": "x" * 60, "max_tokens": 40, "temperature": 1, "seed": i,
+       "ignore_eos": True} for i in range(4)),
+    {"prompt": "without an id", "max_tokens": 5, "logprobs": 1, "ignore_eos": True},
+]  # fmt: skip
+BAD: list[tuple[Any, str, str]] = [
+    ("not json", "line 8", "not JSON"),
+    ([1, 2], "line 9", "not a JSON object"),
+    ({"id": "class", "class": "urgent", "prompt": "x"}, "class", "class='urgent'"),
+    ({"id": "neither"}, "neither", "either a prompt or prompt_token_ids"),
+    ({"id": "zero", "prompt": "x", "max_tokens": 0}, "zero", "max_tokens=0"),
+    ({"id": "long", "prompt": "x" * 700, "max_tokens": 5}, "long", "together more than the 192"),
+    ({"id": "stop", "prompt": "x", "stop": 3}, "stop", "stop=3 is not a list"),
+    ({"id": "field", "prompt": "x", "temperatur": 1}, "field", "'temperatur' is not a field"),
+    ({"id": "greedy", "prompt": "again"}, "greedy", "there already"),
+]
+
+
+def test_good_lines_run_and_bad_ones_say_why(tmp_path: Path) -> None:
+    ran = run_generate(tmp_path, [*GOOD, *(line for line, _, _ in BAD)], "engine.kv_blocks=12", "policy=vllm_priority")
+    assert ran.returncode == 0, ran.stderr
+    found = completions(tmp_path)
+    assert all(set(completion) >= FIELDS for completion in found) and len(found) == len(GOOD) + len(BAD)
+    failed = {(completion["id"], completion["error"]) for completion in found if completion["finish_reason"] == "error"}
+    for _, name, message in BAD:
+        assert any(name == failed_name and message in error for failed_name, error in failed), (name, failed)
+    ended = {completion["id"]: completion for completion in found if completion["finish_reason"] != "error"}
+    assert {name: len(ended[name]["token_ids"]) for name in ("greedy", "tokens", "d0", "d3", "line 7")} == {
+        "greedy": 20, "tokens": 30, "d0": 40, "d3": 40, "line 7": 5,
+    }  # fmt: skip
+    assert ended["d0"]["token_ids"] != ended["d1"]["token_ids"] and len(ended["line 7"]["logprobs"]) == 5
+    # The cache holds three of the six long requests, so some had to step aside.
+    assert sum(completion["preemptions"] for completion in found) > 0
+    assert all(0 < completion["ttft_s"] <= completion["e2e_s"] for completion in ended.values())
+    printed = ran.stdout
+    assert "greedy | " in printed and "[length]" in printed and "9 did not run" in printed and "microseconds" in printed
+    assert (tmp_path / "out" / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("policy=fifo",), "Could not find 'policy/fifo'"),
+        (("policy=nowhere.onnx",), "nowhere.onnx does not exist"),
+        (("policy.slack_used=2",), "slack_used=2"),
+        (("model=nowhere",), "neither a folder nor one of tiny"),
+        (("device=abacus",), "device=abacus"),
+        (("engine.kv_blocks=0",), "engine.kv_blocks=0"),
+        (("max_tokens=0",), "max_tokens=0"),
+        (("prompts=nothing.jsonl",), "nothing.jsonl does not exist"),
+        (("prompts=empty.jsonl",), "empty.jsonl is empty"),
+        (("prompts=latin.jsonl",), "latin.jsonl cannot be read as UTF-8"),
+    ],
+)
+def test_bad_settings_end_in_a_sentence(
+    tmp_path: Path, arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("good.jsonl").write_text('{"prompt": "x"}')
+    Path("empty.jsonl").write_text(" \n\n")
+    Path("latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
+    monkeypatch.setattr(sys, "argv", ["generate", "prompts=good.jsonl", "hydra.run.dir=out", *arguments])
+    with pytest.raises(SystemExit) as left:
+        run_program("generate", generate.run)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert left.value.code == 2 and len(lines) == 1 and message in lines[0], lines

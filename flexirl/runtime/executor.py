@@ -96,7 +96,7 @@ class ModelExecutor:
         self._block_size = int(profile.values["block_size"])
         blocks, host_blocks = int(profile.values["kv_blocks"]), int(profile.values["host_kv_blocks"])
         # On a CPU the tensors made of a batch are its own memory, so they serve for all that come as the same object.
-        self._seen: tuple[Batch | None, tuple[Tensor, Tensor, Tensor, Tensor]] = (None, (torch.empty(0),) * 4)
+        self._seen: tuple[Batch | None, tuple[Tensor, ...]] = (None, ())
         geometry = model.geometry
         shape = (2 * geometry.layers, blocks, self._block_size, geometry.kv_heads, geometry.head_dim)
         try:
@@ -127,9 +127,9 @@ class ModelExecutor:
     def execute(self, batch: Batch, sampling: np.ndarray | None, interrupted: Callable[[], bool] | None) -> Outcome:
         """See `Executor`."""
         try:
-            tokens, positions, slots, sampled_rows = self._tensors(batch)
+            tokens, positions, slots, sampled_rows, block_table = self._tensors(batch)
             attention = plan_attention(
-                batch.query_lens, batch.context_lens, batch.block_table, self._cache.device,
+                batch.query_lens, batch.context_lens, block_table, self._cache.device,
                 num_heads=self._geometry.heads, num_kv_heads=self._geometry.kv_heads, block_size=self._block_size,
             )  # fmt: skip
             paged = PagedIteration(self._cache, slots, attention, interrupted)
@@ -156,13 +156,12 @@ class ModelExecutor:
                 torch.cuda.empty_cache()
             raise OutOfMemory from error
 
-    def _tensors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tokens and positions (1, T), slots (T,), sampled rows (S,) on the device."""
+    def _tensors(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Tokens and positions (1, T), slots (T,), sampled rows (S,), block table (N, widest) on the device."""
         device = self._cache.device
         if self._cache.is_cuda or batch is not self._seen[0]:
-            arrays = (batch.tokens[None], batch.positions[None], batch.slots, batch.sampled_rows)
-            a, b, c, d = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
-            self._seen = batch, (a, b, c, d)
+            arrays = (batch.tokens[None], batch.positions[None], batch.slots, batch.sampled_rows, batch.block_table)
+            self._seen = batch, tuple(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
         return self._seen[1]
 
 

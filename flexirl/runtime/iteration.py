@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numba as nb
 import numpy as np
+from numba.experimental import structref
 
 from flexirl.runtime.block_table import BlockTable, reconcile
 from flexirl.runtime.engine import EngineProfile
@@ -46,6 +47,31 @@ class FlatBatch(NamedTuple):
     swapped_out: np.ndarray  # int32
     swapped_in: np.ndarray  # int32
     saved: np.ndarray  # int32 (saved, 2): deferred requests and how many more of their blocks to copy to host memory
+
+
+@structref.register
+class _LiveStateType(nb.types.StructRef):
+    """The compiled side of `LiveState`."""
+
+
+class LiveState(structref.StructRefProxy):
+    """All that `prepare` and `finish` work on as one argument: `State`, `BlockTable`, `RequestArrays`, `FlatBatch`.
+
+    Passing their forty arrays one by one, compiled code would take longer to unpack them than for its work.
+    """
+
+    state: State
+    table: BlockTable
+    arrays: RequestArrays
+    flat: FlatBatch
+
+    def __new__(cls, state: State, table: BlockTable, arrays: RequestArrays, flat: FlatBatch) -> LiveState:
+        """The arrays are shared, not copied."""
+        live: LiveState = structref.StructRefProxy.__new__(cls, state, table, arrays, flat)
+        return live
+
+
+structref.define_proxy(LiveState, _LiveStateType, ["state", "table", "arrays", "flat"])
 
 
 class Counts(NamedTuple):
@@ -95,13 +121,12 @@ def new_flat_batch(profile: EngineProfile, longest: int) -> FlatBatch:
 
 
 @nb.njit(cache=True)
-def prepare(
-    state: State, table: BlockTable, arrays: RequestArrays, flat: FlatBatch, save_blocks: int
-) -> tuple[int, int, int, int, int, int, int, bool, int]:
+def prepare(live: LiveState, save_blocks: int) -> tuple[int, int, int, int, int, int, int, bool, int]:
     """Plans the next iteration, brings the block table up to date and writes the flattened batch; returns `Counts`.
 
     save_blocks: blocks of deferred requests, at most, to list for copying to host memory.
     """
+    state, table, arrays, flat = live.state, live.table, live.arrays, live.flat
     plan(state)
     swapped_out, swapped_in = reconcile(state, table, flat.swapped_out, flat.swapped_in)
     block_size = state.engine[0].block_size
@@ -150,14 +175,13 @@ def prepare(
 
 
 @nb.njit(cache=True)
-def finish(
-    state: State, arrays: RequestArrays, flat: FlatBatch, tokens: np.ndarray, is_end: np.ndarray, elapsed_s: float
-) -> tuple[int, int]:
+def finish(live: LiveState, tokens: np.ndarray, is_end: np.ndarray, elapsed_s: float) -> tuple[int, int]:
     """Books the sampled tokens and commits the iteration.
 
     tokens: int64 (S,); is_end: bool (vocabulary,), the end-of-sequence tokens. Sets `stops`, on top of what is set in
     it already, and `ended`. Returns how many requests ended with these tokens, and how many otherwise since the start.
     """
+    state, arrays, flat = live.state, live.arrays, live.flat
     ended = 0
     for i in range(len(tokens)):
         r = flat.sampled[i]

@@ -24,7 +24,7 @@ from flexirl.runtime.block_table import new_block_table
 from flexirl.runtime.clock import Clock, WallClock
 from flexirl.runtime.executor import Batch, Executor, Interrupted, OutOfMemory
 from flexirl.runtime.host_cache import Moves
-from flexirl.runtime.iteration import Counts, finish, new_flat_batch, new_request_arrays, prepare
+from flexirl.runtime.iteration import Counts, LiveState, finish, new_flat_batch, new_request_arrays, prepare
 from flexirl.runtime.kv_cache import blocks_for
 from flexirl.runtime.policy import Policy, View
 from flexirl.runtime.request_table import enter, leave
@@ -114,6 +114,7 @@ class LiveEngine:
         self._flat = new_flat_batch(profile, longest)
         self._batch_seen: tuple[tuple[int, ...], Any] = ((), None)
         self._arrays = new_request_arrays(max_requests, int(profile.values["max_model_len"]))
+        self._live = LiveState(self.state, self._table, self._arrays, self._flat)
         self._sampling = np.zeros(max_requests, SAMPLING)
         self._is_end = np.zeros(executor.vocab_size, np.bool_)
         self._is_end[list(executor.end_tokens)] = True
@@ -151,8 +152,8 @@ class LiveEngine:
         cancel(self.state, 0)
         leave(self.state, 0)
         apply(self.state)
-        prepare(self.state, self._table, self._arrays, self._flat, 0)
-        finish(self.state, self._arrays, self._flat, no_tokens, self._is_end, 0.0)
+        prepare(self._live, 0)
+        finish(self._live, no_tokens, self._is_end, 0.0)
         abandon(self.state, 0.0)
         surrogate.start(self.state, empty_rows(0), no_promises, seed)
         # No bound on a real iteration is certain, so a promise is broken when its time has passed and not before.
@@ -366,7 +367,7 @@ class LiveEngine:
         save_blocks = 0
         if self._save_blocks > 0 and state.decision["preemption"][0] != RECOMPUTE:
             save_blocks = min(self._save_blocks, self._executor.free_host_blocks)
-        counts = Counts(*prepare(state, self._table, self._arrays, flat, save_blocks))
+        counts = Counts(*prepare(self._live, save_blocks))
         if counts.swapped_out or counts.swapped_in or counts.saved:
             self._move(counts)
         self._collect_ended(counts.ended_otherwise)
@@ -399,7 +400,7 @@ class LiveEngine:
         if self._shrunk:
             self._grow_back()
         elapsed_s = max(self.clock.now_s() - began_s, 1e-9)
-        ended, ended_otherwise = finish(state, self._arrays, flat, outcome.tokens, self._is_end, elapsed_s)
+        ended, ended_otherwise = finish(self._live, outcome.tokens, self._is_end, elapsed_s)
         for i in watched:
             if not flat.ended[i]:
                 self._output(sampled[i]).tell(int(outcome.tokens[i]))
@@ -478,7 +479,7 @@ class LiveEngine:
 
     def _set_budget(self, tokens: int) -> None:
         self.state.engine["max_tokens_per_step"] = tokens
-        self._shrunk = bool(tokens < self._executor.profile.values["max_tokens_per_step"])
+        self._shrunk = tokens < int(self._executor.profile.values["max_tokens_per_step"])
         self._shrunk_at = self.view.iterations
 
     def _ids(self, counts: Counts) -> list[str]:

@@ -8,9 +8,9 @@ import pytest
 from toys import toy_engine
 
 from flexirl.runtime import surrogate
-from flexirl.runtime.block_table import BlockTable, check_blocks, new_block_table
+from flexirl.runtime.block_table import check_blocks, new_block_table
 from flexirl.runtime.invariants import check_invariants
-from flexirl.runtime.iteration import FlatBatch, RequestArrays, finish, new_flat_batch, new_request_arrays, prepare
+from flexirl.runtime.iteration import LiveState, finish, new_flat_batch, new_request_arrays, prepare
 from flexirl.runtime.request_table import enter, leave
 from flexirl.runtime.scheduler import abandon, apply, cancel, settle
 from flexirl.runtime.state import RUNNING, WAITING, State, new_states
@@ -37,13 +37,14 @@ def decide_anything(state: State) -> None:
 
 
 @nb.njit(cache=True)
-def storm(state: State, table: BlockTable, arrays: RequestArrays, flat: FlatBatch, rows: np.ndarray) -> np.ndarray:
+def storm(live: LiveState, rows: np.ndarray) -> np.ndarray:
     """Runs a million random steps with a cache whose slots say whose token they hold; returns counts.
 
     Counts: swapped out, swapped in, preempted, abandoned, cancelled, iterations; then errors: stale or foreign slots,
     blocks held twice, blocks lost.
     """
     np.random.seed(0)
+    state, table, flat = live.state, live.table, live.flat
     content = np.full((BLOCKS * BLOCK_SIZE, 2), -1)  # whose token, at which position
     on_host = np.full((PLACES, LONGEST, 2), -1)
     owner = np.full(PLACES, -1)
@@ -71,7 +72,7 @@ def storm(state: State, table: BlockTable, arrays: RequestArrays, flat: FlatBatc
             counts[4] += 1
             cancel(state, r)
         before = state.classes[0].preemptions + state.classes[1].preemptions
-        n, tokens, widest, sampled, out, back, _, _, _ = prepare(state, table, arrays, flat, 0)
+        n, tokens, widest, sampled, out, back, _, _, _ = prepare(live, 0)
         counts[2] += state.classes[0].preemptions + state.classes[1].preemptions - before
         counts[0] += out
         counts[1] += back
@@ -113,7 +114,7 @@ def storm(state: State, table: BlockTable, arrays: RequestArrays, flat: FlatBatc
             counts[5] += 1
             for i in range(sampled):
                 flat.stops[i] = np.random.random() < 0.02
-            finish(state, arrays, flat, np.zeros(sampled, np.int64), is_end, 0.01)
+            finish(live, np.zeros(sampled, np.int64), is_end, 0.01)
     return counts
 
 
@@ -127,8 +128,8 @@ def test_blocks_are_exact_after_a_million_steps(caching: int) -> None:
     surrogate.start(state, empty_rows(0), np.zeros(0, np.int32), 0)
     longest = LONGEST // BLOCK_SIZE
     table, arrays = new_block_table(PLACES, BLOCKS, longest), new_request_arrays(PLACES, LONGEST)
-    flat = new_flat_batch(engine, longest)
-    counts = storm(state, table, arrays, flat, empty_rows(1))
+    live = LiveState(state, table, arrays, new_flat_batch(engine, longest))
+    counts = storm(live, empty_rows(1))
     swapped_out, swapped_in, preempted, abandoned, cancelled, iterations, *errors = counts.tolist()
     assert errors == [0, 0, 0], "a block is stale, held twice or lost"
     assert min(swapped_out, swapped_in, preempted, abandoned, cancelled) > 5_000 and iterations > 500_000
@@ -136,7 +137,7 @@ def test_blocks_are_exact_after_a_million_steps(caching: int) -> None:
     for r in range(PLACES):
         cancel(state, r)
     table.swapped[:] = False
-    prepare(state, table, arrays, flat, 0)
+    prepare(live, 0)
     check_blocks(state, table)
     assert table.counts.tolist() == [0, BLOCKS] and state.scheduler["free_blocks"][0] == BLOCKS
     assert not np.isin(state.requests["status"], (WAITING, RUNNING)).any()

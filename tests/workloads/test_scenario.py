@@ -60,7 +60,7 @@ def test_presets_draw_servable_sorted_traces(name):
     trace = draw(scenario)
     arrival_s = trace.rows["arrival_s"]
     assert scenario.name == trace.name == name
-    assert (np.diff(arrival_s) >= 0).all() and arrival_s[0] >= 0 and arrival_s[-1] < 200.0
+    assert (np.diff(arrival_s) >= 0).all() and arrival_s[0] >= 0 and arrival_s[-1] < scenario.duration_s
     immediate, deferred = trace.of_class(IMMEDIATE), trace.of_class(DEFERRED)
     assert len(immediate) > 100 and len(deferred) > 100
     assert (immediate["ttft_slo_s"] == 1.0).all() and (immediate["window_s"] == np.inf).all()
@@ -82,7 +82,7 @@ def test_peak_to_mean_of_the_presets(name, low, high):
 
 def test_load_is_the_expected_demand():
     for load in (0.4, 0.8):
-        scenario = configured("workload=poisson", f"workload.load={load}")
+        scenario = configured("workload=poisson", "workload.duration_s=200", f"workload.load={load}")
         demand = [service_time_s(draw(scenario, s).of_class(IMMEDIATE)).sum() / 200 for s in range(40)]
         assert np.mean(demand) == pytest.approx(load, rel=0.02)
     half, full = (from_config(plain(load=load)).immediate for load in (0.5, 1.0))
@@ -246,7 +246,7 @@ def test_drawing_an_episode_is_cheap():
         (["+workload.path=t.csv"], "workload.path is not a parameter here"),
         (["workload.load=-1"], "workload.load=-1.0 is out of range"),
         (["workload.load=much"], "workload.load='much' should be a number"),
-        (["workload.warmup_s=300"], "workload.warmup_s=300.0"),
+        (["workload.warmup_s=700"], "workload.warmup_s=700.0"),
         (["workload.duration_s=0"], "workload.duration_s=0.0"),
         (["workload.immediate.kind=steady"], "kind='steady' is unknown; choose from synthetic, trace, none"),
         (["workload.immediate.arrivals.kind=pareto"], "choose from poisson, gamma"),

@@ -23,9 +23,7 @@ class AttentionBatch:
     """
 
     query_lens: np.ndarray  # int64 (S,): tokens of each sequence in this batch, at least 1
-    host_context_lens: np.ndarray  # int64 (S,): tokens attended to, this batch's included
-    query_start: Tensor  # int32 (S + 1,): where each sequence's tokens begin in the flattened batch
-    context_lens: Tensor  # int32 (S,): `host_context_lens` on the device
+    context_lens: np.ndarray  # int64 (S,): tokens attended to, this batch's included
     block_table: Tensor  # int32 (S, max_blocks): the cache blocks of each sequence, in order
     block_size: int
     work: WorkList | None  # what the Triton version does; None for a batch on the CPU
@@ -34,7 +32,7 @@ class AttentionBatch:
     @cached_property
     def groups(self) -> list[SequenceGroup]:
         """The sequences in groups that the PyTorch reference attends for together; made at first use."""
-        return group_sequences(self.query_lens, self.host_context_lens, self.block_table, self.block_size)
+        return group_sequences(self.query_lens, self.context_lens, self.block_table, self.block_size)
 
     def gather_buffers(self, cache: Tensor) -> list[Tensor]:
         """Two buffers of the cache's kind that hold the largest group's blocks.
@@ -50,8 +48,6 @@ class AttentionBatch:
     def copy_(self, other: AttentionBatch) -> None:
         """Puts another batch, of the same shapes, into this one's tensors, where a captured CUDA graph reads them."""
         assert self.work is not None and other.work is not None
-        self.query_start.copy_(other.query_start)
-        self.context_lens.copy_(other.context_lens)
         self.block_table.copy_(other.block_table)
         self.work.items.copy_(other.work.items)
         self.work.merges.copy_(other.work.merges)
@@ -81,20 +77,16 @@ def plan_attention(
     """
     device = torch.device(device)
     query_lens, context_lens = np.asarray(query_lens, np.int64), np.asarray(context_lens, np.int64)
-    query_start = np.zeros(len(query_lens) + 1, np.int32)
-    np.cumsum(query_lens, out=query_start[1:])
-    host = [torch.from_numpy(query_start), torch.from_numpy(context_lens.astype(np.int32))]
     table = torch.as_tensor(block_table, dtype=torch.int32)
     if device.type == "cpu":
-        return AttentionBatch(query_lens, context_lens, host[0], host[1], table, block_size, None)
+        return AttentionBatch(query_lens, context_lens, table, block_size, None)
     group = num_heads // num_kv_heads
     slots = programs_at_once(device, choose_launch(has_long_tiles(query_lens, group))) / num_kv_heads
     work = plan_work(query_lens, context_lens, group, slots)
     if graph_context is not None:
         work = pad_decodes(work, len(query_lens), graph_context, slots)
-    starts, lens, items, merges, table = _upload([*host, work.items, work.merges, table], device)
-    work = replace(work, items=items, merges=merges)
-    return AttentionBatch(query_lens, context_lens, starts, lens, table, block_size, work)
+    items, merges, table = _upload([work.items, work.merges, table], device)
+    return AttentionBatch(query_lens, context_lens, table, block_size, replace(work, items=items, merges=merges))
 
 
 def _upload(tensors: list[Tensor], device: torch.device) -> list[Tensor]:

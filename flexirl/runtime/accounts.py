@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flexirl.runtime.scheduler import INPUT_SERVICE, OUTPUT_SERVICE
+from flexirl.runtime.books import INPUT_SERVICE, OUTPUT_SERVICE
 from flexirl.runtime.state import FINISHED, FUTURE, State, itl_bin_edges
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 

@@ -12,9 +12,10 @@ import numpy as np
 from numba.experimental import structref
 
 from flexirl.runtime.block_table import BlockTable, reconcile
+from flexirl.runtime.books import best_effort
 from flexirl.runtime.engine import EngineProfile
 from flexirl.runtime.kv_cache import blocks_for
-from flexirl.runtime.scheduler import best_effort, commit, plan, stop_after
+from flexirl.runtime.scheduler import commit, plan, stop_after
 from flexirl.runtime.state import State
 from flexirl.workloads.trace import DEFERRED
 

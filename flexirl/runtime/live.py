@@ -21,6 +21,7 @@ from flexirl.errors import UserError
 from flexirl.runtime import surrogate
 from flexirl.runtime.accounts import histogram_percentile
 from flexirl.runtime.block_table import new_block_table
+from flexirl.runtime.books import itl_bin
 from flexirl.runtime.clock import Clock, WallClock
 from flexirl.runtime.executor import Batch, Executor, Interrupted, OutOfMemory
 from flexirl.runtime.host_cache import Moves
@@ -30,7 +31,7 @@ from flexirl.runtime.policy import Policy, View
 from flexirl.runtime.request_table import enter, leave
 from flexirl.runtime.requests import ERROR, LENGTH, STOP, Completion, Output, Request, Update
 from flexirl.runtime.sampling import SAMPLING
-from flexirl.runtime.scheduler import abandon, apply, cancel, itl_bin, settle
+from flexirl.runtime.scheduler import abandon, apply, cancel, settle
 from flexirl.runtime.state import (
     CANCELLED,
     EXPIRED,

@@ -9,23 +9,19 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
+from flexirl.runtime.admission import shut_out
+from flexirl.runtime.books import (
+    OUTPUT_SERVICE,
+    best_effort,
+    itl_bin,
+    next_token_due_s,
+    seats_taken,
+    settle_first_tokens,
+)
 from flexirl.runtime.borrow import borrow
 from flexirl.runtime.kv_cache import allocate, blocks_for
 from flexirl.runtime.queues import NONE, head
-from flexirl.runtime.scheduler import (
-    OUTPUT_SERVICE,
-    apply,
-    best_effort,
-    commit,
-    itl_bin,
-    next_token_due_s,
-    plan,
-    seats_taken,
-    settle,
-    settle_first_tokens,
-    shut_out,
-    submit,
-)
+from flexirl.runtime.scheduler import apply, commit, plan, settle, submit
 from flexirl.runtime.state import CLASSES, FAIR, FUTURE, State
 from flexirl.runtime.step_time import step_time
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from toys import TICK_S, ToyRun, deferred, immediate, toy_engine, toy_trace
 
 from flexirl.runtime.accounts import Prices, Snapshot, account, histogram_percentile, jain_fairness
+from flexirl.runtime.books import itl_bin
 from flexirl.runtime.policy import View
-from flexirl.runtime.scheduler import itl_bin
 from flexirl.runtime.simulation import promises_by_due_time, simulate
 from flexirl.runtime.state import ITL_BINS, REQUEST, default_decision, itl_bin_edges
 from flexirl.workloads.scenario import SLO

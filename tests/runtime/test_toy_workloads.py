@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from toys import TICK_S, ToyRun, deferred, immediate, toy_engine, toy_trace
 
-from flexirl.runtime.scheduler import image_tokens_of_chunk
+from flexirl.runtime.composition import image_tokens_of_chunk
 from flexirl.runtime.state import (
     CHEAPER,
     DEADLINE,

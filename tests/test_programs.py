@@ -183,7 +183,9 @@ def test_evaluating_bad_input(tmp_path: Path, arguments: tuple[str, ...], messag
     assert message in error(run(tmp_path, "evaluate", *arguments))
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "workload", "validate", "calibrate", "generate", "bench", "bench_live"])
+@pytest.mark.parametrize(
+    "name", ["train", "evaluate", "workload", "validate", "calibrate", "generate", "bench", "bench_live"]
+)
 def test_programs_explain_themselves(tmp_path: Path, name: str) -> None:
     ran = run(tmp_path, name, "--help")
     assert ran.returncode == 0 and name in ran.stdout, ran.stderr

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from flexirl.envs.batching import BatchingEnv
@@ -87,6 +88,26 @@ def load_task(config: DictConfig) -> Task:
         immediate_order=env.immediate_order,
         deferred_order=env.deferred_order,
     )
+
+
+def load_tasks(config: DictConfig) -> list[Task]:
+    """What is trained on: the task of `config`, or the mixture of group `mixture`.
+
+    Task i of a mixture is scenario i and setting i of its two lists of overrides, each repeated as often as needed:
+    with lengths that have no common divisor, every scenario comes to meet every setting.
+    """
+    mixture = config.get("mixture")
+    if mixture is None:
+        return [load_task(config)]
+    scenarios, settings = list(mixture.scenarios), list(mixture.settings)
+    shared = OmegaConf.create({name: config[name] for name in ("env", "reward")})
+    tasks = []
+    GlobalHydra.instance().clear()  # a program's own composition is over
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for i in range(count_of(mixture.tasks, "mixture.tasks")):
+            overrides = [*scenarios[i % len(scenarios)], *settings[i % len(settings)]]
+            tasks.append(load_task(OmegaConf.merge(compose("train", overrides), shared)))  # type: ignore[arg-type]
+    return tasks
 
 
 def make_batching_env(overrides: Sequence[str] = (), task: Task | None = None, **options: Any) -> BatchingEnv:

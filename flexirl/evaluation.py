@@ -112,17 +112,21 @@ class TuningEpisodes:
         return _mean([run.figures["immediate_attainment"] for run in runs]) or 0.0
 
     def revenues(self, settings: np.ndarray) -> np.ndarray:
-        """Revenue per second of constant dial settings, averaged over the episodes: (n, dials) to (n,)."""
-        task = replace(self._task, action="dials")
-        fleet = Fleet(task, self._seeds * len(settings), len(settings), self._seeds)
-        fleet.reset(self._seed)
-        actions = np.tile(settings, (self._seeds, 1))
-        over = np.zeros(fleet.members, bool)
-        while not over.all():
-            over = fleet.step(actions)[2]
-        revenues = [fleet.episode_figures(m)["revenue_per_s"] for m in range(fleet.members)]
-        fleet.close()
-        return np.reshape(revenues, (self._seeds, len(settings))).mean(axis=0)
+        """Revenue of constant dial settings, as `worth_of_dials` has it: (n, dials) to (n,)."""
+        return worth_of_dials([self._task], settings, self._seeds, self._seed)
+
+
+def worth_of_dials(tasks: Sequence[Task], settings: np.ndarray, episodes: int, seed: int) -> np.ndarray:
+    """Mean revenue share of constant dial settings over so many episodes of the tasks: (n, dials) to (n,)."""
+    fleet = Fleet([replace(task, action="dials") for task in tasks], episodes * len(settings), len(settings), episodes)
+    fleet.reset(seed)
+    actions = np.tile(settings, (episodes, 1))
+    over = np.zeros(fleet.members, bool)
+    while not over.all():
+        over = fleet.step(actions)[2]
+    shares = [fleet.episode_figures(m)["revenue_share"] for m in range(fleet.members)]
+    fleet.close()
+    return np.reshape(shares, (episodes, len(settings))).mean(axis=0)
 
 
 def _relate_to_anchors(rows: list[Row]) -> None:

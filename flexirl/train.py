@@ -7,6 +7,7 @@ import shlex
 import sys
 import zipfile
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch.utils.tensorboard import SummaryWriter
 
-from flexirl.configured import count_of, load_task, names_of, seed_of
+from flexirl.configured import count_of, load_task, load_tasks, names_of, seed_of
 from flexirl.envs.action import NUM_DIALS
 from flexirl.envs.fleet import Task
 from flexirl.envs.vector import BatchingVecEnv
 from flexirl.errors import UserError
-from flexirl.evaluation import TuningEpisodes, compare, table, write_leaderboard
+from flexirl.evaluation import TUNING_SEED, compare, table, worth_of_dials, write_leaderboard
 from flexirl.plots import plot_comparison, plot_history, plot_timeline
 from flexirl.policies.agents import ALGORITHMS, make_agent, start_at
 from flexirl.policies.export import export
@@ -33,6 +34,7 @@ from flexirl.policies.training import Training
 from flexirl.program import output_folder, run_program
 
 VALIDATION_SEED = 250_000
+TUNED_ON = 16  # tasks of a mixture on which the constant dials to start from are searched
 
 
 def record_run(config: DictConfig, folder: Path) -> None:
@@ -77,7 +79,7 @@ def load_agent(config: DictConfig, env: BatchingVecEnv, log_folder: Path, seed: 
 
 
 def run(config: DictConfig) -> float:
-    """Trains, compares, exports; returns the best validation revenue, so that sweeps can rank runs."""
+    """Trains, compares, exports; returns the best validation revenue share, so that sweeps can rank runs."""
     folder = output_folder()
     seed = seed_of(config.seed)
     total_steps = count_of(config.total_steps, "total_steps")
@@ -88,18 +90,25 @@ def run(config: DictConfig) -> float:
     )
     count_of(config.compare.seeds, "compare.seeds")
     check_names(names_of(config.compare.policies, "compare.policies"))
-    task = load_task(config)
+    task, tasks = load_task(config), load_tasks(config)
     held_out = held_out_task(config, task)
     record_run(config, folder)
     torch.set_num_threads(1)  # these networks are too small to share; waiting threads would rob the engines
-    env = BatchingVecEnv(task, members, group_size, traces, seed)
+    env = BatchingVecEnv(tasks, members, group_size, traces, seed)
     agent = load_agent(config, env, folder, seed)
     if config.resume is None and task.action == "dials" and config.agent.warm_start:
-        dials = search_dials(np.zeros(NUM_DIALS), TuningEpisodes(task, seed), seed)
+        worth = partial(worth_of_dials, tasks, episodes=max(3, len(tasks[:TUNED_ON])), seed=TUNING_SEED + 1000 * seed)
+        dials = search_dials(np.zeros(NUM_DIALS), worth, seed)
         print(f"starting from the best constant dials found: {np.round(dials, 2).tolist()}")
         start_at(agent, dials.tolist())
     watching = Training(
-        held_out, folder, total_steps, every_steps, episodes, VALIDATION_SEED + seed, bool(config.progress)
+        tasks if len(tasks) > 1 else [held_out],
+        folder,
+        total_steps,
+        every_steps,
+        episodes,
+        VALIDATION_SEED + seed,
+        bool(config.progress),
     )
     print(f"{task.scenario.name} on {task.engine.name}: {task.reward.name} reward optimises {task.reward.optimises}")
     try:
@@ -112,7 +121,7 @@ def run(config: DictConfig) -> float:
     best = type(agent).load(folder / "best.zip", device="cpu")
     best.save(folder / "policy.zip")
     report(config, folder, best, watching, task, held_out)
-    return watching.best
+    return watching.best["revenue_share"]
 
 
 def report(
@@ -127,7 +136,7 @@ def report(
         metadata = {
             "action": task.action, "immediate_order": task.immediate_order, "deferred_order": task.deferred_order,
             "interval_s": task.interval_s, "training": OmegaConf.to_container(config, resolve=True),
-            "validation": max(watching.history, key=lambda row: row["revenue_per_s"]),
+            "validation": watching.best,
         }  # fmt: skip
         export(agent, folder / "policy.onnx", metadata)
         names.insert(0, str(folder / "policy.onnx"))
@@ -141,7 +150,7 @@ def report(
         for picture in ("reward", "comparison", "timeline"):
             tensorboard.add_image(picture, imread(folder / f"{picture}.png"), dataformats="HWC")
     print(table(comparison.rows))
-    best = json.dumps({"best_validation_revenue_per_s": watching.best, "folder": str(folder)})
+    best = json.dumps({"best_validation_revenue_per_s": watching.best["revenue_per_s"], "folder": str(folder)})
     (folder / "summary.json").write_text(best + "\n")
     print(f"written to {folder}")
 

@@ -60,7 +60,7 @@ ORDERS = {"arrival": ARRIVAL, "deadline": DEADLINE, "shortest": SHORTEST}
 # In the deadline order a token of prefill still to do counts like this many seconds (QoServe's alpha): under pressure
 # short prompts go first, and more promises are kept.
 ORDER_WEIGHT_S = 0.008
-DEFAULT_IMMEDIATE_ORDER, DEFAULT_DEFERRED_ORDER = "deadline", "shortest"
+DEFAULT_IMMEDIATE_ORDER, DEFAULT_DEFERRED_ORDER = "deadline", "deadline"
 GRID_ZERO = GRID.index((0.0,) * NUM_DIALS)  # the choice that leaves all dials at zero
 PREEMPTS = len(GRID) - 1  # the choice that preempts: masked where nothing deferred runs
 

@@ -7,6 +7,7 @@ what the arrivals did to all of them can be told from what a member's own decisi
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ import numpy as np
 from flexirl.envs import action as actions
 from flexirl.envs.action import ORDERS
 from flexirl.envs.observation import MEMORY, PROMISE, VISIBLE, bounds, observe
-from flexirl.envs.reward import Reward
+from flexirl.envs.reward import REWARD, Reward
 from flexirl.errors import UserError
 from flexirl.runtime import surrogate
 from flexirl.runtime.accounts import Prices
@@ -38,7 +39,10 @@ MEMBER = np.dtype(  # what an episode needs beside the engine's own state
         ("steps", "i8"),
         ("rows", "i8"),  # rows of its trace
         ("duration_s", "f8"),
+        ("warmup_s", "f8"),
         ("measured_from_s", "f8"),  # end of the warm-up; 0 until then
+        ("immediate_order", "i8"),
+        ("deferred_order", "i8"),
         ("deferred_value", "f8"),  # credited so far
         ("lost_value", "f8"),
     ],
@@ -93,27 +97,39 @@ class Task:
 
 
 class Fleet:
-    """`members` engines in groups of `group_size`, stepped on all cores. Deterministic in the seed."""
+    """`members` engines in groups of `group_size`, stepped on all cores. Deterministic in the seed.
 
-    def __init__(self, task: Task, members: int, group_size: int = 1, traces: int = 64, threads: int | None = None):
+    Given several tasks, each episode of a group plays the next of them. They must agree in what an action is and in
+    the decision interval; everything else may differ. Raises UserError where they do not.
+    """
+
+    def __init__(
+        self,
+        tasks: Task | Sequence[Task],
+        members: int,
+        group_size: int = 1,
+        traces: int = 64,
+        threads: int | None = None,
+    ):
         if members < 1 or group_size < 1 or members % group_size:
             raise UserError(f"env.members={members} is not a multiple of env.group_size={group_size}.")
         if traces < 1:
             raise UserError(f"env.traces={traces} is out of range; an episode needs at least one trace.")
-        self.task = task
+        self.tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
+        self.task = task = self.tasks[0]
+        if any((other.action, other.interval_s) != (task.action, task.interval_s) for other in self.tasks):
+            raise UserError("The tasks of one fleet differ in env.action or env.interval_s; give them the same.")
         self.members, self.group_size, self.num_traces = members, group_size, traces
         self.low, self.high = bounds(task.action == "scores")
         self.observations = np.zeros((members, len(self.low)), np.float32)
         self.rewards = np.zeros(members, np.float32)
         self._kind = ACTIONS.index(task.action)
-        self._orders = (ORDERS[task.immediate_order], ORDERS[task.deferred_order])
-        self._promise = np.array([(task.slo.ttft_s, task.slo.tpot_s)], PROMISE)
         self._drawn: dict[int, tuple[Trace, np.ndarray]] = {}
         self._seed = 0
         self._episode = np.zeros(members // group_size, np.int64)
-        self.duration_s = task.duration_s()
+        self._durations_s = [each.duration_s() for each in self.tasks]
         first = self._trace(0)[0]
-        self._reward = task.reward.record(task.prices, task.revenue_scale(first))
+        self._rewards: dict[int, np.ndarray] = {}
         self._allocate(int(1.1 * len(first)) + 64, first.num_tenants)
         threads = min(threads or os.cpu_count() or 1, members)
         bounds_ = np.linspace(0, members, threads + 1).astype(int)
@@ -121,20 +137,35 @@ class Fleet:
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
     def _allocate(self, max_requests: int, num_tenants: int) -> None:
-        self._states = new_states(self.members, self.task.engine, max_requests, max(num_tenants, 1))
+        engines = [task.engine for task in self.tasks]
+        largest = max(engines, key=lambda engine: engine.values["prefix_caching"] * engine.values["kv_blocks"])
+        largest = largest.replace(max_running=max(int(engine.values["max_running"]) for engine in engines))
+        self._states = new_states(self.members, largest, max_requests, max(num_tenants, 1))
         self._traces = np.zeros((self.members, max_requests), TRACE_ROW)
         self._memory = np.zeros(self.members, MEMORY)
         self._batches = np.zeros(self.members, BATCH)
         self._member = np.zeros(self.members, MEMBER)
+        self._promise = np.zeros(self.members, PROMISE)
+        self._reward = np.zeros(self.members, REWARD)
         self._warm = np.zeros((self.members, 2), CLASS)  # totals at the end of the warm-up
+
+    def _task_of(self, number: int) -> Task:
+        """The task that a trace belongs to."""
+        return self.tasks[number % len(self.tasks)]
 
     def _trace(self, number: int) -> tuple[Trace, np.ndarray]:
         if number not in self._drawn:
-            # Sequences of seeds of different fleets must not overlap, hence a child seed.
-            seed = int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0])
-            trace = self.task.draw(seed)
+            trace = self._task_of(number).draw(_child_seed(self._seed, number))
             self._drawn[number] = (trace, promises_by_due_time(trace.rows))
         return self._drawn[number]
+
+    def _reward_of(self, which: int) -> np.ndarray:
+        """The reward of a task; its scale is that of one draw of the task, whatever the seed of the episodes."""
+        if which not in self._rewards:
+            task = self.tasks[which]
+            scale = task.revenue_scale(task.draw(_child_seed(0, which)))
+            self._rewards[which] = task.reward.record(task.prices, scale)
+        return self._rewards[which]
 
     def reset(self, seed: int, stagger: bool = False) -> np.ndarray:
         """Starts all members anew; observations (members, size).
@@ -155,18 +186,25 @@ class Fleet:
         return self.observations
 
     def _start(self, group: int, share: float = 1.0) -> None:
-        trace, promises = self._trace(int(self._episode[group]) % self.num_traces)
+        number = int(self._episode[group]) % self.num_traces
+        task, (trace, promises) = self._task_of(number), self._trace(number)
+        which = number % len(self.tasks)
         if len(trace) > self._traces.shape[1] or trace.num_tenants > self._states.tenants.shape[1]:
             self._grow(len(trace), trace.num_tenants)
         for m in range(group * self.group_size, (group + 1) * self.group_size):
             self._traces[m, : len(trace)] = trace.rows
             self._member[m] = np.zeros((), MEMBER)
             self._member[m]["rows"] = len(trace)
-            self._member[m]["duration_s"] = share * self.duration_s
+            self._member[m]["duration_s"] = share * self._durations_s[which]
+            self._member[m]["warmup_s"] = task.scenario.warmup_s
+            self._member[m]["immediate_order"] = ORDERS[task.immediate_order]
+            self._member[m]["deferred_order"] = ORDERS[task.deferred_order]
+            self._states.engine[m] = task.engine.values
+            self._promise[m] = (task.slo.ttft_s, task.slo.tpot_s)
+            self._reward[m] = self._reward_of(which)[0]
             self._memory[m] = np.zeros((), MEMORY)
             self._warm[m] = np.zeros((), CLASS)
-            entropy = [self._seed, int(self._episode[group]), m]
-            noise_seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+            noise_seed = _child_seed(self._seed, int(self._episode[group]), m)
             _start_member(
                 self._states, self._traces, promises, self._member, self._memory, self._batches, self._promise,
                 self.low, self.high, self.observations, m, noise_seed,
@@ -174,13 +212,13 @@ class Fleet:
 
     def _grow(self, max_requests: int, num_tenants: int) -> None:
         """Makes room for a longer trace in the middle of other members' episodes."""
-        old = (self._states, self._traces, self._memory, self._member, self._warm)
+        old = (self._states, self._traces, self._memory, self._member, self._warm, self._promise, self._reward)
         self._allocate(max(int(1.1 * max_requests), old[1].shape[1]), max(num_tenants, old[0].tenants.shape[1]))
         for new_array, old_array in zip(self._states, old[0], strict=True):
             new_array[tuple(slice(n) for n in old_array.shape)] = old_array
         self._states.lanes[:, :, old[0].lanes.shape[2] :] = -1
         self._traces[:, : old[1].shape[1]] = old[1]
-        self._memory[:], self._member[:], self._warm[:] = old[2:]
+        self._memory[:], self._member[:], self._warm[:], self._promise[:], self._reward[:] = old[2:]
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One decision interval of every member: observations, rewards (float32) and whose episode is over (bool).
@@ -198,7 +236,7 @@ class Fleet:
         def run(share: tuple[int, int]) -> None:
             _step_members(
                 self._states, self._traces, self._member, self._memory, self._batches, self._promise, self._reward,
-                self.low, self.high, action, self._kind, *self._orders, self.task.interval_s,
+                self.low, self.high, action, self._kind, self.task.interval_s,
                 self.observations, self.rewards, *share,
             )  # fmt: skip
 
@@ -207,7 +245,7 @@ class Fleet:
         else:
             list(self._pool.map(run, self._shares))
         now_s = self._states.scheduler["now_s"][:, 0]
-        warmup_s = self.task.scenario.warmup_s
+        warmup_s = self._member["warmup_s"]
         warm = (self._member["measured_from_s"] == 0) & (now_s >= warmup_s) & (warmup_s > 0)
         if warm.any():
             self._warm[warm] = self._states.classes[warm]
@@ -235,21 +273,25 @@ class Fleet:
     def episode_figures(self, member: int) -> dict[str, float]:
         """Revenue, attainment, deferred throughput and preemptions since the warm-up of the member's episode.
 
-        Attainment counts the promises decided since then, not those of the requests that arrived since then.
+        revenue_share: revenue in units of what the engine would earn if loaded with nothing but such immediate requests
+        and serving them all, so that tasks can be averaged. Attainment counts the promises decided since then, not
+        those of the requests that arrived since then.
         """
-        prices = self.task.prices
+        paid = self._reward[member]
         now_s = float(self._states.scheduler["now_s"][member, 0])
         elapsed_s = max(now_s - float(self._member["measured_from_s"][member]), 1e-9)
 
         def since(name: str) -> np.ndarray:
             return self._states.classes[member][name] - self._warm[member][name]
 
-        kept = prices.prompt * since("kept_prompt") + prices.output * since("kept_output")
+        kept = paid["prompt_price"] * since("kept_prompt") + paid["output_price"] * since("kept_output")
         immediate_kept, immediate_lost = since("kept")[IMMEDIATE], since("lost")[IMMEDIATE]
         decided = immediate_kept + immediate_lost
         done = since("prompt_done")[DEFERRED] + since("output_done")[DEFERRED]
+        revenue_per_s = float(kept[IMMEDIATE] + paid["deferred_discount"] * kept[DEFERRED]) / elapsed_s
         return {
-            "revenue_per_s": float(kept[IMMEDIATE] + prices.deferred * kept[DEFERRED]) / elapsed_s,
+            "revenue_per_s": revenue_per_s,
+            "revenue_share": revenue_per_s / float(paid["scale"]),
             "immediate_attainment": float(immediate_kept / decided) if decided else 1.0,
             "deferred_tokens_per_s": float(done) / elapsed_s,
             "preemptions_per_s": float(since("preemptions").sum()) / elapsed_s,
@@ -259,6 +301,11 @@ class Fleet:
         """Ends the threads."""
         if self._pool is not None:
             self._pool.shutdown()
+
+
+def _child_seed(*entropy: int) -> int:
+    """A seed of its own for each list of numbers, so that the seeds of different fleets do not overlap."""
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
 @nb.njit(cache=True)
@@ -274,26 +321,26 @@ def _member_state(states: State, m: int) -> State:
 def _start_member(states, traces, promises, members, memory, batches, promise, low, high, observations, m, seed):
     state = borrow(_member_state(states, m))
     surrogate.start(state, traces[m, : members[m].rows], promises, seed)
-    observe(state, memory[m], promise[0], batches[m], low, high, observations[m])
+    observe(state, memory[m], promise[m], batches[m], low, high, observations[m])
 
 
 @nb.njit(cache=True, nogil=True)
 def _step_members(
-    states, traces, members, memory, batches, promise, reward, low, high, action, kind, immediate_order,
-    deferred_order, interval_s, observations, rewards, first, end,
+    states, traces, members, memory, batches, promise, reward, low, high, action, kind, interval_s, observations,
+    rewards, first, end,
 ):  # fmt: skip
     for m in range(first, end):
         state, member = borrow(_member_state(states, m)), members[m]
         if kind == _SCORES:
-            actions.set_scores(state, action[m], promise[0].tpot_s)
+            actions.set_scores(state, action[m], promise[m].tpot_s)
         else:
-            actions.set_dials(state, action[m], promise[0].tpot_s, immediate_order, deferred_order)
+            actions.set_dials(state, action[m], promise[m].tpot_s, member.immediate_order, member.deferred_order)
         member.steps += 1
         until_s = min(member.steps * interval_s, member.duration_s)
         began_s = state.scheduler[0].now_s
         surrogate.advance(state, traces[m, : member.rows], until_s, 0)
-        rewards[m] = _reward(state, member, promise[0], reward[0], began_s, interval_s)
-        observe(state, memory[m], promise[0], batches[m], low, high, observations[m])
+        rewards[m] = _reward(state, member, promise[m], reward[m], began_s, interval_s)
+        observe(state, memory[m], promise[m], batches[m], low, high, observations[m])
 
 
 @nb.njit(cache=True)

@@ -16,7 +16,7 @@ from flexirl.runtime.state import RUNNING, State
 from flexirl.runtime.step_time import BATCH, prefill_slope, step_time
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
-SCHEMA = "flexirl-observation-1"
+SCHEMA = "flexirl-observation-2"
 
 
 class Feature(NamedTuple):
@@ -31,7 +31,9 @@ class Feature(NamedTuple):
 
 
 TABLE = (
-    Feature("immediate_waiting", "waiting immediate requests", "requests", "log(1 + n) / 5", 0, 3),
+    Feature(
+        "immediate_waiting", "waiting immediate requests not given up", "requests", "log(1 + n) / 5", 0, 3
+    ),
     Feature("immediate_owed", "prefill time owed to them", "TTFT SLO", "1", 0, 4),
     Feature("immediate_wait", "longest wait of the head of their queue", "TTFT SLO", "1", 0, 4),
     Feature("immediate_running", "running immediate requests", "seats", "1", 0, 1),
@@ -56,6 +58,11 @@ TABLE = (
     Feature("lost_10s", "broken promises per arrival, exponential means over 10 s", "requests", "1", 0, 1),
     Feature("deferred_rate_5s", "deferred tokens done, mean over 5 s", "tokens of prefill capacity", "1", 0, 4),
     Feature("preemptions_5s", "preemptions per second, mean over 5 s", "1/s", "log(1 + n)", 0, 4),
+    Feature("immediate_given_up", "waiting immediate requests given up", "requests", "log(1 + n) / 5", 0, 3),
+    Feature("prompt_mean_30s", "mean prefill per immediate arrival, over 30 s", "TTFT SLO", "1", 0, 4),
+    Feature("arrived_30s", "immediate arrivals per TTFT SLO, mean over 30 s", "requests", "log(1 + n)", 0, 6),
+    Feature("least_step", "an iteration of one decode", "TPOT SLO", "1", 0, 4),
+    Feature("cache_prefill", "time to prefill the whole cache", "TTFT SLO", "log(1 + n) / 2", 0, 4),
 )
 SIZE = len(TABLE)
 
@@ -88,6 +95,7 @@ MEMORY = np.dtype(  # what the running means need between two observations
         ("arrivals_5s", "f8"),
         ("arrivals_30s", "f8"),
         ("arrived_10s", "f8"),
+        ("arrived_30s", "f8"),
         ("lost_10s", "f8"),
         ("deferred_5s", "f8"),
         ("preemptions_5s", "f8"),
@@ -121,9 +129,12 @@ def _remember(state: State, memory) -> float:
         memory.arrivals_1s += (1 - np.exp(-elapsed_s)) * (demand - memory.arrivals_1s)
         keep_5s = 1 - np.exp(-elapsed_s / 5.0)
         memory.arrivals_5s += keep_5s * (demand - memory.arrivals_5s)
-        memory.arrivals_30s += (1 - np.exp(-elapsed_s / 30.0)) * (demand - memory.arrivals_30s)
+        keep_30s = 1 - np.exp(-elapsed_s / 30.0)
+        memory.arrivals_30s += keep_30s * (demand - memory.arrivals_30s)
+        arrived = (immediate.arrived - memory.arrived) / elapsed_s
+        memory.arrived_30s += keep_30s * (arrived - memory.arrived_30s)
         keep_10s = 1 - np.exp(-elapsed_s / 10.0)
-        memory.arrived_10s += keep_10s * ((immediate.arrived - memory.arrived) / elapsed_s - memory.arrived_10s)
+        memory.arrived_10s += keep_10s * (arrived - memory.arrived_10s)
         memory.lost_10s += keep_10s * ((immediate.lost - memory.lost) / elapsed_s - memory.lost_10s)
         done = (deferred_done - memory.deferred_done) * slope / elapsed_s
         memory.deferred_5s += keep_5s * (done - memory.deferred_5s)
@@ -168,10 +179,12 @@ def observe(state: State, memory, promise, batch, low: np.ndarray, high: np.ndar
             behind += 1 if lead < 0 else 0
             paced += 1
 
-    out[0] = np.log1p(immediate.waiting) / 5.0
-    out[1] = immediate.waiting_tokens * slope_per_ttft
+    out[0] = np.log1p(immediate.waiting - immediate.relegated) / 5.0
+    out[1] = (immediate.waiting_tokens - immediate.relegated_tokens) * slope_per_ttft
     first = head(state, IMMEDIATE)
-    out[2] = (scheduler.now_s - state.requests[first].arrival_s) / promise.ttft_s if first != NONE else 0.0
+    out[2] = 0.0
+    if first != NONE and not state.requests[first].relegated:
+        out[2] = (scheduler.now_s - state.requests[first].arrival_s) / promise.ttft_s
     out[3] = immediate.running / engine.max_running
     out[4] = immediate.kv_blocks / engine.kv_blocks
     out[5] = owed[IMMEDIATE] * slope_per_ttft
@@ -198,6 +211,11 @@ def observe(state: State, memory, promise, batch, low: np.ndarray, high: np.ndar
     out[22] = memory.lost_10s / memory.arrived_10s if memory.arrived_10s > 0 else 0.0
     out[23] = memory.deferred_5s
     out[24] = np.log1p(memory.preemptions_5s)
+    out[25] = np.log1p(immediate.relegated) / 5.0
+    out[26] = memory.arrivals_30s / (memory.arrived_30s * promise.ttft_s) if memory.arrived_30s > 0 else 0.0
+    out[27] = np.log1p(memory.arrived_30s * promise.ttft_s)
+    out[28] = _decode_step(engine, batch, 1.0, 1.0) / promise.tpot_s
+    out[29] = np.log1p(engine.kv_blocks * engine.block_size * slope_per_ttft) / 2.0
     if len(out) > SIZE:
         _observe_requests(state, promise, slope_per_ttft, out[SIZE:])
     for i in range(len(out)):

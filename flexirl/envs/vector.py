@@ -26,8 +26,8 @@ def spaces(fleet: Fleet) -> tuple[gym.spaces.Box, gym.Space[Any]]:
 class BatchingVectorEnv(VectorEnv):
     """Gymnasium's vector environment; a member whose episode ends restarts in the same step."""
 
-    def __init__(self, task: Task, num_envs: int, group_size: int = 1, traces: int = 64) -> None:
-        self.fleet = Fleet(task, num_envs, group_size, traces)
+    def __init__(self, tasks: Task | Sequence[Task], num_envs: int, group_size: int = 1, traces: int = 64) -> None:
+        self.fleet = Fleet(tasks, num_envs, group_size, traces)
         self.num_envs = num_envs
         self.single_observation_space, self.single_action_space = spaces(self.fleet)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -58,8 +58,10 @@ class BatchingVectorEnv(VectorEnv):
 class BatchingVecEnv(VecEnv):
     """stable-baselines3's vector environment. An ended episode's info holds its figures under `figures`."""
 
-    def __init__(self, task: Task, num_envs: int, group_size: int = 1, traces: int = 64, seed: int = 0) -> None:
-        self.fleet = Fleet(task, num_envs, group_size, traces)
+    def __init__(
+        self, tasks: Task | Sequence[Task], num_envs: int, group_size: int = 1, traces: int = 64, seed: int = 0
+    ) -> None:
+        self.fleet = Fleet(tasks, num_envs, group_size, traces)
         self.render_mode = None  # asked for by the constructor below
         self._next_seed = seed
         self._infos: list[dict[str, Any]] = [{} for _ in range(num_envs)]

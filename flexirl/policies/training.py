@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from flexirl.envs.action import DIALS
 from flexirl.envs.fleet import Fleet, Task
 
-FIGURES = ("revenue_per_s", "immediate_attainment", "deferred_tokens_per_s", "preemptions_per_s")
+FIGURES = ("revenue_per_s", "revenue_share", "immediate_attainment", "deferred_tokens_per_s", "preemptions_per_s")
 
 
 def validate(agent: BaseAlgorithm, fleet: Fleet, seed: int) -> dict[str, float]:
@@ -45,12 +46,19 @@ class Training(BaseCallback):
     """
 
     def __init__(
-        self, task: Task, folder: Path, total_steps: int, every_steps: int, members: int, seed: int, progress: bool
+        self,
+        tasks: Sequence[Task],
+        folder: Path,
+        total_steps: int,
+        every_steps: int,
+        members: int,
+        seed: int,
+        progress: bool,
     ) -> None:
         super().__init__()
         self.folder, self.total_steps, self.every_steps = folder, total_steps, every_steps
         self.history: list[dict[str, float]] = []
-        self._fleet = Fleet(task, members, 1, members)
+        self._fleet = Fleet(tasks, members, 1, members)
         self._seed = seed
         self._progress = tqdm(total=total_steps, unit=" steps", disable=not progress, smoothing=0.05)
         self._episodes: deque[dict[str, float]] = deque(maxlen=200)
@@ -59,9 +67,9 @@ class Training(BaseCallback):
         self._actions: np.ndarray | None = None
 
     @property
-    def best(self) -> float:
-        """The best validation revenue so far."""
-        return max((row["revenue_per_s"] for row in self.history), default=-np.inf)
+    def best(self) -> dict[str, float]:
+        """The validation with the most revenue, as a share so that every task counts alike."""
+        return max(self.history, key=lambda row: row["revenue_share"])
 
     def _on_training_start(self) -> None:
         self._progress.n = self.num_timesteps
@@ -102,14 +110,13 @@ class Training(BaseCallback):
         if writer is not None:
             writer.add_hparams(
                 {"agent": type(self.model).__name__, "gamma": self.model.__dict__["gamma"], "seed": self._seed},
-                {"validation/best_revenue_per_s": self.best},
+                {"validation/best_revenue_per_s": self.best["revenue_per_s"]},
             )
 
     def _validate(self) -> None:
         figures = validate(self.model, self._fleet, self._seed)
-        better = figures["revenue_per_s"] > self.best
         self.history.append({"steps": float(self.num_timesteps), **figures})
-        if better:
+        if self.best is self.history[-1]:
             self.model.save(self.folder / "best.zip")
         self.model.save(self.folder / "policy.zip")
         (self.folder / "history.json").write_text(json.dumps(self.history, indent=1) + "\n")
@@ -117,7 +124,7 @@ class Training(BaseCallback):
             self.logger.record(f"validation/{name}", value)
         self._progress.set_postfix_str(
             f"validation revenue {figures['revenue_per_s']:,.0f}/s, attainment {figures['immediate_attainment']:.3f},"
-            f" best {self.best:,.0f}/s"
+            f" best {self.best['revenue_per_s']:,.0f}/s"
         )
 
     def _tensorboard(self) -> Any:

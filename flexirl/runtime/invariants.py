@@ -39,6 +39,8 @@ def check_invariants(state: State, reused: bool = False) -> None:
         assert group["waiting"] == len(queued), "miscounted waiting requests"
         owed = queued["prompt_tokens"] + queued["generated"] - queued["computed"]
         assert group["waiting_tokens"] == owed.sum(), "miscounted waiting tokens"
+        assert group["relegated"] == (queued["relegated"] != 0).sum(), "miscounted relegated requests"
+        assert group["relegated_tokens"] == owed[queued["relegated"] != 0].sum(), "miscounted relegated tokens"
         assert group["running"] == (mine & (status == RUNNING)).sum(), "miscounted running requests"
         assert group["kv_blocks"] == requests["kv_blocks"][mine & (status == RUNNING)].sum(), "miscounted blocks"
         ended = group["finished"] + group["ended_otherwise"]

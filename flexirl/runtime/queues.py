@@ -65,15 +65,26 @@ def _key(state: State, r: int) -> float:
     remaining = float(owed_tokens(request))
     if request.request_class == DEFERRED:
         remaining += max(group.order_expected - request.generated, 0.0)
-        due = request.deadline_s
+        due_s = request.deadline_s
     else:
-        due = request.ttft_deadline_s
-    return due + group.order_weight_s * remaining
+        due_s = request.ttft_deadline_s
+    return min(due_s, _NEVER_DUE_S) + group.order_weight_s * remaining
 
 
+# What is due at no time counts as due at one common time, so that the weight alone sorts it, behind all else.
+_NEVER_DUE_S = 1e9
 # Relegated requests keep their order among themselves, behind all others, even those that are due at no time at all.
 _RELEGATED_OFFSET = 1e12
 _LATEST_KEY = 5e11
+
+
+@nb.njit(cache=True, inline="always")
+def _count(group, request, sign: int) -> None:
+    group.waiting += sign
+    group.waiting_tokens += sign * owed_tokens(request)
+    if request.relegated:
+        group.relegated += sign
+        group.relegated_tokens += sign * owed_tokens(request)
 
 
 @nb.njit(cache=True)
@@ -90,8 +101,7 @@ def push(state: State, r: int) -> None:
     root = _meld(requests, state.lanes[request.request_class, lane], r)
     requests[root].parent = NONE
     state.lanes[request.request_class, lane] = root
-    group.waiting += 1
-    group.waiting_tokens += owed_tokens(request)
+    _count(group, request, 1)
 
 
 @nb.njit(cache=True)
@@ -110,8 +120,7 @@ def remove(state: State, r: int) -> None:
         requests[request.parent].left = rest
     else:
         requests[request.parent].right = rest
-    group.waiting -= 1
-    group.waiting_tokens -= owed_tokens(request)
+    _count(group, request, -1)
 
 
 @nb.njit(cache=True)
@@ -164,8 +173,8 @@ def reorder(state: State, request_class: int, order: int, weight_s: float, expec
     group.order_weight_s = weight_s
     group.order_expected = expected
     state.lanes[request_class, :] = NONE
-    group.waiting = 0
-    group.waiting_tokens = 0
+    group.waiting = group.waiting_tokens = 0
+    group.relegated = group.relegated_tokens = 0
     for r in range(len(state.requests)):
         if state.requests[r].status == WAITING and state.requests[r].request_class == request_class:
             push(state, r)

@@ -66,6 +66,8 @@ CLASS = np.dtype(  # one record per request class
     [
         ("waiting", "i8"),
         ("waiting_tokens", "i8"),  # prefill tokens (recomputation included) owed to the waiting requests
+        ("relegated", "i8"),  # of the waiting ones, those given up, and what they are owed
+        ("relegated_tokens", "i8"),
         ("running", "i8"),
         ("kv_blocks", "i8"),
         ("preempted", "i8"),  # preemptions in the current iteration

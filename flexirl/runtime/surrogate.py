@@ -77,6 +77,8 @@ def _clear_records(state: State) -> None:
         group = state.classes[c]
         group.waiting = 0
         group.waiting_tokens = 0
+        group.relegated = 0
+        group.relegated_tokens = 0
         group.running = 0
         group.kv_blocks = 0
         group.preempted = 0

@@ -65,10 +65,10 @@ def test_dials_are_monotonous() -> None:
 
 
 def test_zero_is_the_documented_heuristic() -> None:
-    """Immediate work by due time, then deferred work, shortest first; all of it within the slack of decodes."""
+    """Immediate work, then deferred work, each by due time and length; all of it within the slack of decodes."""
     decision = decision_from_dials(np.zeros(NUM_DIALS), view())
     expected = {
-        "discipline": CLASSES, "decodes_first": 1, "immediate_order": DEADLINE, "deferred_order": SHORTEST,
+        "discipline": CLASSES, "decodes_first": 1, "immediate_order": DEADLINE, "deferred_order": DEADLINE,
         "victim": NEWEST, "preemption": CHEAPER, "preempt_for_immediate": 1, "preempt_count": 0,
         "order_weight_s": ORDER_WEIGHT_S, "reserve_ratio": 0.0, "reserve_new_ratio": 0.0, "deferred_token_floor": 0,
         "token_budget": default_decision()["token_budget"], "reserve_clip": np.inf,

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from episodes import Requests, random_actions, small_engine, small_task
+from episodes import LATENCY, Requests, random_actions, small_engine, small_task
 
 from flexirl.envs.action import NUM_DIALS
 from flexirl.envs.fleet import Fleet, Task
 from flexirl.errors import UserError
 from flexirl.runtime.invariants import check_invariants
+from flexirl.workloads.scenario import SLO
 
 
 def play(fleet: Fleet, steps: int, seed: int = 1, stagger: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -50,6 +52,29 @@ def test_members_of_a_group_replay_the_same_arrivals() -> None:
     assert (table[:, 4] != table[:, 0]).any()  # the other group has other arrivals
     arrivals = [fleet.state(m).requests["arrival_s"] for m in range(8)]
     assert (arrivals[0] == arrivals[2]).all() and (arrivals[0] != arrivals[4]).any()
+
+
+def test_tasks_of_a_mixture_are_played_as_alone() -> None:
+    """Engines, promises, prices of time and queue orders differ; members of a mixture and of pure fleets do not."""
+    windowed = Requests(60, 60, 0.0, (200, 2000), (10, 200), window_s=4.0)
+    tasks = [
+        small_task(),
+        small_task(Requests(30, 40, 5.0), windowed, 6.0, small_engine(max_running=40, kv_blocks=500), LATENCY),
+        replace(small_task(deferred_order="arrival"), slo=SLO(0.3, 0.02)),
+    ]
+    mixed = play(Fleet(tasks, 6, group_size=2, traces=6), 60)
+    for which, task in enumerate(tasks):
+        alone = play(Fleet(task, 6, group_size=2, traces=6), 60)
+        members = slice(2 * which, 2 * which + 2)
+        steps = round(task.duration_s() / task.interval_s)  # the second episode is of another task
+        assert (mixed[0][:steps, members] == alone[0][:steps, members]).all()
+        alike = np.isclose(mixed[1][:steps, members], alone[1][:steps, members], rtol=1e-6)
+        assert alike.all() and (alone[1][:steps, members] != 0).any()
+
+
+def test_a_mixture_must_agree_in_its_actions() -> None:
+    with pytest.raises(UserError, match="differ in env.action or env.interval_s"):
+        Fleet([small_task(), small_task(interval_s=0.5)], 2)
 
 
 def test_groups_end_as_one_however_long_the_last_iteration() -> None:

@@ -79,6 +79,9 @@ class Slow:
             running = requests[(requests["status"] == RUNNING) & (requests["request_class"] == group)]
             owed = running["prompt_tokens"] + running["generated"] - running["computed"]
             running_decodes[group] = list(running[owed <= 1])
+            if group == IMMEDIATE:
+                features["immediate_given_up"] = math.log(1 + sum(q["relegated"] for q in queued)) / 5
+                queued = [q for q in queued if not q["relegated"]]
             features[f"{name}_waiting"] = math.log(1 + len(queued)) / 5
             features[f"{name}_running"] = len(running) / engine["max_running"]
             features[f"{name}_kv"] = running["kv_blocks"].sum() / engine["kv_blocks"]
@@ -111,6 +114,13 @@ class Slow:
             features[f"arrivals_{span}s"] = self.prefill_s(self.running_mean("prompts", span))
         arrived = self.running_mean("arrived", 10)
         features["lost_10s"] = self.running_mean("lost", 10) / arrived if arrived > 0 else 0.0
+        often = self.running_mean("arrived", 30) * PROMISE.ttft_s
+        features["arrived_30s"] = math.log(1 + often)
+        features["prompt_mean_30s"] = self.prefill_s(self.running_mean("prompts", 30)) / often if often > 0 else 0.0
+        one = {"computed": 0}
+        features["least_step"] = self.step([one]) / PROMISE.tpot_s
+        cache_tokens = float(engine["kv_blocks"] * engine["block_size"])
+        features["cache_prefill"] = math.log(1 + self.prefill_s(cache_tokens) / PROMISE.ttft_s) / 2
         features["deferred_rate_5s"] = self.prefill_s(self.running_mean("deferred", 5))
         features["preemptions_5s"] = math.log(1 + self.running_mean("preemptions", 5))
         return features

@@ -36,8 +36,8 @@ from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 MIN_CHUNK = 64
 NEVER = math.inf
-# Whom nobody is due before, in a queue: what has no deadline counts as due then.
-LATEST_KEY = 5e11
+NEVER_DUE_S = 1e9  # what has no deadline counts as due then in the DEADLINE order
+LATEST_KEY = 5e11  # whom nobody is due before, in a queue
 
 
 @dataclass(eq=False)
@@ -435,7 +435,7 @@ class Reference:
         elif order == DEADLINE:
             further = max(expected - request.generated, 0) if request.deferred else 0
             due_s = request.deadline_s if request.deferred else request.first_due_s
-            value = due_s + weight_s * (request.owed + further)
+            value = min(due_s, NEVER_DUE_S) + weight_s * (request.owed + further)
         else:
             value = -request.score
         return request.relegated, min(value, LATEST_KEY), request.number

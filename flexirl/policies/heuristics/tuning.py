@@ -7,6 +7,7 @@ policies differ by what they do. The episodes on which policies are compared lat
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
@@ -26,7 +27,7 @@ class Episodes(Protocol):
         ...
 
     def revenues(self, settings: np.ndarray) -> np.ndarray:
-        """Revenue per second of constant dial settings, averaged over the episodes: (n, dials) to (n,)."""
+        """Revenue of constant dial settings in any unit, averaged over the episodes: (n, dials) to (n,)."""
         ...
 
 
@@ -42,7 +43,9 @@ def tune(policy: Policy, episodes: Episodes, slo: SLO, seed: int) -> Policy:
     if isinstance(policy, HyGen) and policy.latency_budget_s is None:
         return replace(policy, latency_budget_s=search_budget(policy, episodes, slo))
     if isinstance(policy, FixedDials) and policy.tune:
-        return replace(policy, dials=tuple(search_dials(policy.positions, episodes, seed).tolist()), tune=False)
+        return replace(
+            policy, dials=tuple(search_dials(policy.positions, episodes.revenues, seed).tolist()), tune=False
+        )
     return policy
 
 
@@ -73,16 +76,19 @@ def search_budget(policy: HyGen, episodes: Episodes, slo: SLO) -> float:
     return low_s
 
 
-def search_dials(start: np.ndarray, episodes: Episodes, seed: int) -> np.ndarray:
-    """The dial setting with the most revenue: random settings first, then one dial after the other from the best."""
+def search_dials(start: np.ndarray, worth: Callable[[np.ndarray], np.ndarray], seed: int) -> np.ndarray:
+    """The dial setting worth most: random settings first, then one dial after the other from the best.
+
+    worth: of settings (n, dials), (n,) numbers.
+    """
     rng = np.random.default_rng(seed)
-    best, best_revenue = start, -np.inf
+    best, best_worth = start, -np.inf
 
     def consider(candidates: np.ndarray) -> None:
-        nonlocal best, best_revenue
-        revenues = episodes.revenues(candidates)
-        if revenues.max() > best_revenue:
-            best, best_revenue = candidates[revenues.argmax()], revenues.max()
+        nonlocal best, best_worth
+        found = worth(candidates)
+        if found.max() > best_worth:
+            best, best_worth = candidates[found.argmax()], found.max()
 
     consider(np.vstack([start, rng.uniform(-1.0, 1.0, (DIALS_RANDOM, len(start)))]))
     for round_ in range(DIALS_ROUNDS):

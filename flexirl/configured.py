@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -20,6 +20,10 @@ from flexirl.runtime.policy import Policy
 from flexirl.workloads.config import from_config
 from flexirl.workloads.scenario import SLO
 
+if TYPE_CHECKING:
+    from flexirl.runtime.models.executor import ModelExecutor
+    from flexirl.runtime.models.loading import LoadedModel
+
 CONF = Path(__file__).resolve().parent / "conf"
 
 
@@ -27,6 +31,24 @@ def load_engine(config: DictConfig) -> EngineProfile:
     """The engine of group `engine`: its profile with the figures that are not null replaced."""
     changes = {str(name): value for name, value in config.items() if name != "profile" and value is not None}
     return load_profile(config.profile).replace(**changes)
+
+
+def load_executor(config: DictConfig) -> tuple[LoadedModel, ModelExecutor]:
+    """The model of `model`, `device` and `dtype`, and what runs it with the limits of group `engine`.
+
+    PyTorch computes on `threads` threads from here on. Raises UserError for what cannot be loaded or does not fit.
+    """
+    # Transformers takes seconds to import, which whoever mistyped an option need not wait for.
+    import torch
+
+    from flexirl.runtime.models.executor import ModelExecutor, fit_profile
+    from flexirl.runtime.models.loading import load_model
+
+    profile = load_engine(config.engine)
+    torch.set_num_threads(count_of(config.threads, "threads"))
+    model = load_model(config.model, config.device, config.dtype)
+    profile = fit_profile(model, profile, config.engine.kv_blocks, config.engine.host_kv_blocks)
+    return model, ModelExecutor(model, profile)
 
 
 def load_rule(config: DictConfig) -> Policy:

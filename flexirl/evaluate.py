@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
-from flexirl.configured import count_of, load_task, names_of, seed_of
+from flexirl.configured import count_of, load_executor, load_task, names_of, seed_of
 from flexirl.envs.fleet import Task
 from flexirl.errors import UserError
 from flexirl.evaluation import Runner, compare, on_surrogate, table, write_leaderboard
@@ -19,6 +18,7 @@ from flexirl.fidelity import table as fidelity_table
 from flexirl.plots import plot_comparison, plot_fidelity, plot_timeline
 from flexirl.policies.registry import check_names
 from flexirl.program import output_folder, run_program
+from flexirl.runtime.live_run import run_live
 from flexirl.runtime.policy import Policy
 from flexirl.runtime.simulation import Run
 from flexirl.workloads.trace import Trace
@@ -66,15 +66,7 @@ def run(config: DictConfig) -> None:
 
 def live_engine(config: DictConfig, task: Task) -> tuple[Task, Runner]:
     """The task on what the model and this machine can hold, and what runs a policy there."""
-    # Transformers takes seconds to import, which the surrogate need not wait for.
-    from flexirl.runtime.executor import ModelExecutor, fit_profile
-    from flexirl.runtime.live_run import run_live
-    from flexirl.runtime.models.loading import load_model
-
-    torch.set_num_threads(count_of(config.threads, "threads"))
-    model = load_model(config.model, config.device, config.dtype)
-    profile = fit_profile(model, task.engine, config.engine.kv_blocks, config.engine.host_kv_blocks)
-    executor = ModelExecutor(model, profile)
+    _, executor = load_executor(config)
 
     def runner(policy: Policy, task: Task, trace: Trace, seed: int) -> Run:
         scenario = task.scenario
@@ -82,7 +74,7 @@ def live_engine(config: DictConfig, task: Task) -> tuple[Task, Runner]:
             policy, executor, trace, task.slo, task.duration_s(), scenario.warmup_s, task.interval_s, seed, task.prices
         )  # fmt: skip
 
-    return replace(task, engine=profile), runner
+    return replace(task, engine=executor.profile), runner
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ def run_live(
 ) -> Run:
     """Runs `policy` on an executor for `duration_s` seconds of measured work; arguments as of `simulate`.
 
-
     Idle time is skipped; prompts are random tokens, drawn with `seed`, and outputs have the trace's lengths. What is
     still running at the end is cancelled after the accounts are taken, so that the executor can be used again.
     Raises UserError for requests that the executor's cache or model cannot hold.
@@ -53,9 +52,9 @@ def run_live(
     def watch(step: Step) -> None:
         now_s = step.began_s + step.elapsed_s
         if not before and now_s >= warmup_s:
-            before.append(Snapshot.of(live.state))
+            before.append(Snapshot.of(step.view.state))
         if not timeline or now_s >= timeline[-1][0] + TIMELINE_STEP_S * 0.999:
-            timeline.append(timeline_row(live.state))
+            timeline.append(timeline_row(step.view.state))
 
     live = LiveEngine(
         executor, policy, slo, clock=VirtualClock(), interval_s=interval_s, max_requests=max(len(trace), 1),

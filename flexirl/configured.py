@@ -10,12 +10,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from flexirl.envs.batching import BatchingEnv
-from flexirl.envs.fleet import Task
+from flexirl.envs.fleet import Fleet, Task
+from flexirl.envs.live import CLOCKS, LiveFleet
 from flexirl.envs.reward import Reward
 from flexirl.errors import UserError
 from flexirl.policies.registry import make_policy
 from flexirl.runtime.accounts import Prices
 from flexirl.runtime.engine import EngineProfile, load_profile
+from flexirl.runtime.executor import Executor
 from flexirl.runtime.policy import Policy
 from flexirl.workloads.config import from_config
 from flexirl.workloads.scenario import SLO
@@ -113,11 +115,28 @@ def load_task(config: DictConfig) -> Task:
 
 def make_batching_env(overrides: Sequence[str] = (), task: Task | None = None, **options: Any) -> BatchingEnv:
     """Entry point of `flexirl/Batching-v0`: `task`, or that of `python -m flexirl.train` with these Hydra overrides."""
-    return BatchingEnv(task or default_task(overrides), **options)
+    return BatchingEnv(Fleet(task or default_task(overrides), 1), **options)
+
+
+def make_live_env(overrides: Sequence[str] = (), **options: Any) -> BatchingEnv:
+    """Entry point of `flexirl/LiveBatching-v0`: the engine of `flexirl.train env=live` with these overrides."""
+    config = _train_config(["env=live", *overrides])
+    task = load_task(config)
+    return BatchingEnv(load_live_fleet(config, task, load_executor(config)[1]), **options)
+
+
+def load_live_fleet(config: DictConfig, task: Task, executor: Executor) -> LiveFleet:
+    """The task on a live engine, by the clock of group `env`."""
+    if config.env.clock not in CLOCKS:
+        raise UserError(f"env.clock={config.env.clock} is unknown; choose from {', '.join(CLOCKS)}.")
+    return LiveFleet(task, executor, CLOCKS[config.env.clock], count_of(config.env.traces, "env.traces"))
 
 
 def default_task(overrides: Sequence[str] = ()) -> Task:
     """The task of `python -m flexirl.train` with these Hydra overrides."""
+    return load_task(_train_config(overrides))
+
+
+def _train_config(overrides: Sequence[str]) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("train", list(overrides))
-    return load_task(config)
+        return compose("train", list(overrides))

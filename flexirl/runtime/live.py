@@ -252,6 +252,12 @@ class LiveEngine:
             self._take_in()
         self.clock.pause()
 
+    def cancel_all(self) -> None:
+        """Ends every request between two iterations; the executor can then serve another engine."""
+        for request_id in list(self._known):
+            self.cancel(request_id)
+        self.advance(self.view.now_s)
+
     def metrics(self) -> dict[str, float]:
         """Counts since the start, and how long decisions took (seconds; 0 before the first)."""
         scheduler, classes = self.state.scheduler[0], self.state.classes

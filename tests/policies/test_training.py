@@ -22,7 +22,8 @@ SEED = 77
 
 def watch(name: str, folder: Path, steps: int = 512, every: int = 256) -> tuple[BaseAlgorithm, Training]:
     agent = make(name, folder)
-    watching = Training(setting(name, KIND[name])[1], folder, steps, every, 3, SEED, progress=False)
+    fleet = Fleet(setting(name, KIND[name])[1], 3, 1, 3)
+    watching = Training(fleet, folder, steps, every, SEED, progress=False)
     agent.learn(steps, callback=watching, log_interval=1)
     return agent, watching
 

@@ -1,6 +1,6 @@
 """FlexiRL learns the admission and preemption policy of an LLM serving engine.
 
-Importing it registers the Gymnasium environment `flexirl/Batching-v0`.
+Importing it registers the Gymnasium environments `flexirl/Batching-v0` and `flexirl/LiveBatching-v0`.
 """
 
 import gymnasium
@@ -8,3 +8,4 @@ import gymnasium
 __version__ = "0.1.0"
 
 gymnasium.register(id="flexirl/Batching-v0", entry_point="flexirl.configured:make_batching_env")
+gymnasium.register(id="flexirl/LiveBatching-v0", entry_point="flexirl.configured:make_live_env")

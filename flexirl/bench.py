@@ -29,7 +29,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from flexirl.configured import CONF, load_task
-from flexirl.envs.fleet import Task
+from flexirl.envs.fleet import Fleet, Task
 from flexirl.envs.vector import BatchingVecEnv, BatchingVectorEnv
 from flexirl.figures import Row, report
 from flexirl.policies.agents import make_agent
@@ -144,7 +144,7 @@ def training_speed(task: Task, config: Any, repeats: int) -> Iterator[Row]:
 
     Then the ceiling: the same agent with the same hyperparameters on an environment that costs nothing.
     """
-    env = BatchingVecEnv(task, MEMBERS, config.env.group_size, config.env.traces)
+    env = BatchingVecEnv(Fleet(task, MEMBERS, config.env.group_size, config.env.traces))
     free = FreeVecEnv(env)
     with tempfile.TemporaryDirectory() as folder:
         agents = [_agent(config, each, Path(folder)) for each in (env, free)]
@@ -216,7 +216,7 @@ def decision_time(task: Task, config: Any, repeats: int) -> Iterator[Row]:
     The default agent before training, whose network is as large as after, through onnxruntime on one thread.
     """
     with tempfile.TemporaryDirectory() as folder:
-        env = BatchingVecEnv(task, MEMBERS, config.env.group_size, config.env.traces)
+        env = BatchingVecEnv(Fleet(task, MEMBERS, config.env.group_size, config.env.traces))
         export(_agent(config, env, Path(folder)), Path(folder) / "policy.onnx", {"action": task.action})
         env.close()
         policy = load_policy(Path(folder) / "policy.onnx")

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 from flexirl.figures import Row, report
 from flexirl.policies.registry import make_policy
 from flexirl.runtime.engine import load_profile
-from flexirl.runtime.executor import Batch, ModelExecutor, Outcome, fit_profile
+from flexirl.runtime.executor import Batch, Outcome
 from flexirl.runtime.live import LiveEngine
+from flexirl.runtime.models.executor import ModelExecutor, fit_profile
 from flexirl.runtime.models.loading import load_model
 from flexirl.runtime.models.tiny import tiny_model
 from flexirl.runtime.requests import Completion, Request

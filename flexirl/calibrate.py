@@ -14,10 +14,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from flexirl.configured import count_of, load_engine, number, seed_of
+from flexirl.configured import load_executor, number, seed_of
 from flexirl.plots import plot_calibration
 from flexirl.policies.registry import make_policy
 from flexirl.program import output_folder, run_program
+from flexirl.runtime.calibration import calibrate
 from flexirl.runtime.engine import save_profile
 from flexirl.runtime.step_time import BATCH
 
@@ -26,18 +27,10 @@ RULE = "qoserve"  # decides in the engine's own run, by which the fit is checked
 
 def run(config: DictConfig) -> None:
     """Measures, fits, prints and writes; raises UserError for bad configuration."""
-    # Transformers takes seconds to import, which whoever mistyped an option need not wait for.
-    from flexirl.runtime.calibration import calibrate
-    from flexirl.runtime.executor import ModelExecutor, fit_profile
-    from flexirl.runtime.models.loading import load_model
-
     folder = output_folder()
     seconds, seed = number(config.seconds, "seconds"), seed_of(config.seed)
-    profile = load_engine(config.engine)
-    torch.set_num_threads(count_of(config.threads, "threads"))
     OmegaConf.save(config, folder / "config.yaml", resolve=True)
-    model = load_model(config.model, config.device, config.dtype)
-    executor = ModelExecutor(model, fit_profile(model, profile, config.engine.kv_blocks, config.engine.host_kv_blocks))
+    model, executor = load_executor(config)
     about = {
         "machine": machine(model.device, torch.get_num_threads()), "model": model.name, "dtype": str(model.dtype),
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from flexirl.envs.batching import BatchingEnv
-from flexirl.envs.fleet import Task
+from flexirl.envs.fleet import Fleet, Task
+from flexirl.envs.live import CLOCKS, LiveFleet
 from flexirl.envs.reward import Reward
 from flexirl.errors import UserError
 from flexirl.policies.registry import make_policy
 from flexirl.runtime.accounts import Prices
 from flexirl.runtime.engine import EngineProfile, load_profile
+from flexirl.runtime.executor import Executor
 from flexirl.runtime.policy import Policy
 from flexirl.workloads.config import from_config
 from flexirl.workloads.scenario import SLO
+
+if TYPE_CHECKING:
+    from flexirl.runtime.models.executor import ModelExecutor
+    from flexirl.runtime.models.loading import LoadedModel
 
 CONF = Path(__file__).resolve().parent / "conf"
 
@@ -28,6 +34,24 @@ def load_engine(config: DictConfig) -> EngineProfile:
     """The engine of group `engine`: its profile with the figures that are not null replaced."""
     changes = {str(name): value for name, value in config.items() if name != "profile" and value is not None}
     return load_profile(config.profile).replace(**changes)
+
+
+def load_executor(config: DictConfig) -> tuple[LoadedModel, ModelExecutor]:
+    """The model of `model`, `device` and `dtype`, and what runs it with the limits of group `engine`.
+
+    PyTorch computes on `threads` threads from here on. Raises UserError for what cannot be loaded or does not fit.
+    """
+    # Transformers takes seconds to import, which whoever mistyped an option need not wait for.
+    import torch
+
+    from flexirl.runtime.models.executor import ModelExecutor, fit_profile
+    from flexirl.runtime.models.loading import load_model
+
+    profile = load_engine(config.engine)
+    torch.set_num_threads(count_of(config.threads, "threads"))
+    model = load_model(config.model, config.device, config.dtype)
+    profile = fit_profile(model, profile, config.engine.kv_blocks, config.engine.host_kv_blocks)
+    return model, ModelExecutor(model, profile)
 
 
 def load_rule(config: DictConfig) -> Policy:
@@ -102,21 +126,37 @@ def load_tasks(config: DictConfig) -> list[Task]:
     scenarios, settings = list(mixture.scenarios), list(mixture.settings)
     shared = OmegaConf.create({name: config[name] for name in ("env", "reward")})
     tasks = []
-    GlobalHydra.instance().clear()  # a program's own composition is over
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        for i in range(count_of(mixture.tasks, "mixture.tasks")):
-            overrides = [*scenarios[i % len(scenarios)], *settings[i % len(settings)]]
-            tasks.append(load_task(OmegaConf.merge(compose("train", overrides), shared)))  # type: ignore[arg-type]
+    for i in range(count_of(mixture.tasks, "mixture.tasks")):
+        overrides = [*scenarios[i % len(scenarios)], *settings[i % len(settings)]]
+        tasks.append(load_task(OmegaConf.merge(_train_config(overrides), shared)))  # type: ignore[arg-type]
     return tasks
 
 
 def make_batching_env(overrides: Sequence[str] = (), task: Task | None = None, **options: Any) -> BatchingEnv:
     """Entry point of `flexirl/Batching-v0`: `task`, or that of `python -m flexirl.train` with these Hydra overrides."""
-    return BatchingEnv(task or default_task(overrides), **options)
+    return BatchingEnv(Fleet(task or default_task(overrides), 1), **options)
+
+
+def make_live_env(overrides: Sequence[str] = (), **options: Any) -> BatchingEnv:
+    """Entry point of `flexirl/LiveBatching-v0`: the engine of `flexirl.train env=live` with these overrides."""
+    config = _train_config(["env=live", *overrides])
+    task = load_task(config)
+    return BatchingEnv(load_live_fleet(config, task, load_executor(config)[1]), **options)
+
+
+def load_live_fleet(config: DictConfig, task: Task, executor: Executor) -> LiveFleet:
+    """The task on a live engine, by the clock of group `env`."""
+    if config.env.clock not in CLOCKS:
+        raise UserError(f"env.clock={config.env.clock} is unknown; choose from {', '.join(CLOCKS)}.")
+    return LiveFleet(task, executor, CLOCKS[config.env.clock], count_of(config.env.traces, "env.traces"))
 
 
 def default_task(overrides: Sequence[str] = ()) -> Task:
     """The task of `python -m flexirl.train` with these Hydra overrides."""
+    return load_task(_train_config(overrides))
+
+
+def _train_config(overrides: Sequence[str]) -> DictConfig:
+    GlobalHydra.instance().clear()  # where a program calls this, its own composition is over
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("train", list(overrides))
-    return load_task(config)
+        return compose("train", list(overrides))

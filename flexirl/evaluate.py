@@ -7,21 +7,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
-from flexirl.configured import count_of, load_task, names_of, seed_of
-from flexirl.envs.fleet import Task
+from flexirl.configured import count_of, load_executor, load_task, names_of, seed_of
 from flexirl.errors import UserError
-from flexirl.evaluation import Runner, compare, on_surrogate, table, write_leaderboard
+from flexirl.evaluation import Runner, compare, on_live, on_surrogate, table, write_leaderboard
 from flexirl.fidelity import rank_agreement, side_by_side, write_fidelity
 from flexirl.fidelity import table as fidelity_table
 from flexirl.plots import plot_comparison, plot_fidelity, plot_timeline
 from flexirl.policies.registry import check_names
 from flexirl.program import output_folder, run_program
-from flexirl.runtime.policy import Policy
-from flexirl.runtime.simulation import Run
-from flexirl.workloads.trace import Trace
 
 ENGINES = ("surrogate", "live")
 
@@ -43,7 +38,8 @@ def run(config: DictConfig) -> None:
         tuning = load_task(OmegaConf.merge(config, {"workload": {"path": config.tuning.path}}))  # type: ignore[arg-type]
     runners: dict[str, Runner] = {"surrogate": on_surrogate}
     if "live" in engines:
-        task, runners["live"] = live_engine(config, task)
+        _, executor = load_executor(config)
+        task, runners["live"] = replace(task, engine=executor.profile), on_live(executor)
     rows = {}
     for engine in engines:
         comparison = compare(task, names, seeds, tuning, seed, runners[engine])
@@ -62,27 +58,6 @@ def run(config: DictConfig) -> None:
         plot_fidelity(compared, folder / "fidelity.png")
         print(f"{fidelity_table(compared)}\norders of the policies by revenue: Kendall's tau {tau:.2f}")
     print(f"written to {folder}")
-
-
-def live_engine(config: DictConfig, task: Task) -> tuple[Task, Runner]:
-    """The task on what the model and this machine can hold, and what runs a policy there."""
-    # Transformers takes seconds to import, which the surrogate need not wait for.
-    from flexirl.runtime.executor import ModelExecutor, fit_profile
-    from flexirl.runtime.live_run import run_live
-    from flexirl.runtime.models.loading import load_model
-
-    torch.set_num_threads(count_of(config.threads, "threads"))
-    model = load_model(config.model, config.device, config.dtype)
-    profile = fit_profile(model, task.engine, config.engine.kv_blocks, config.engine.host_kv_blocks)
-    executor = ModelExecutor(model, profile)
-
-    def runner(policy: Policy, task: Task, trace: Trace, seed: int) -> Run:
-        scenario = task.scenario
-        return run_live(
-            policy, executor, trace, task.slo, task.duration_s(), scenario.warmup_s, task.interval_s, seed, task.prices
-        )  # fmt: skip
-
-    return replace(task, engine=profile), runner
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from tqdm import tqdm
 from flexirl.envs.fleet import Fleet, Task
 from flexirl.policies.heuristics.tuning import tune
 from flexirl.policies.registry import make_policy
+from flexirl.runtime.executor import Executor
+from flexirl.runtime.live_run import run_live
 from flexirl.runtime.policy import Policy
 from flexirl.runtime.simulation import Run, simulate
 from flexirl.workloads.trace import DEFERRED, Trace
@@ -36,6 +38,18 @@ def on_surrogate(policy: Policy, task: Task, trace: Trace, seed: int) -> Run:
         policy, task.engine, trace, task.slo, task.duration_s(), task.scenario.warmup_s, task.interval_s, seed,
         task.prices,
     )  # fmt: skip
+
+
+def on_live(executor: Executor) -> Runner:
+    """Runs on a live engine with this executor."""
+
+    def run(policy: Policy, task: Task, trace: Trace, seed: int) -> Run:
+        return run_live(
+            policy, executor, trace, task.slo, task.duration_s(), task.scenario.warmup_s, task.interval_s, seed,
+            task.prices,
+        )  # fmt: skip
+
+    return run
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from flexirl.configured import count_of, load_engine, load_rule, load_slo, number, seed_of
+from flexirl.configured import count_of, load_executor, load_rule, load_slo, number, seed_of
 from flexirl.errors import UserError
 from flexirl.plots import plot_timeline
 from flexirl.program import output_folder, run_program
@@ -25,24 +25,20 @@ from flexirl.runtime.sampling import Sampling
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 CLASSES = {"immediate": IMMEDIATE, "deferred": DEFERRED}
+MOST_REQUESTS = 4096  # waiting and running at once; further ones follow as these end
 _LINE = 100  # characters of a text printed on one line
 
 
 def run(config: DictConfig) -> None:
     """Reads, runs, prints and writes; raises UserError for bad configuration, and for a file without a good line."""
-    # Transformers takes seconds to import, which whoever mistyped an option need not wait for.
-    from flexirl.runtime.executor import ModelExecutor, fit_profile
-    from flexirl.runtime.models.loading import load_model
-
     folder = output_folder()
     path = Path(str(config.prompts))
     lines = read_lines(path)
-    policy, profile, slo = load_rule(config.policy), load_engine(config.engine), load_slo(config.slo)
+    policy, slo = load_rule(config.policy), load_slo(config.slo)
     max_tokens = count_of(config.max_tokens, "max_tokens")
     OmegaConf.save(config, folder / "config.yaml", resolve=True)
-    model = load_model(config.model, config.device, config.dtype)
-    profile = fit_profile(model, profile, config.engine.kv_blocks, config.engine.host_kv_blocks)
-    print(f"{model.name} on {model.device}, {describe(profile)}, policy {policy.name}")
+    model, executor = load_executor(config)
+    print(f"{model.name} on {model.device}, {describe(executor.profile)}, policy {policy.name}")
 
     with (
         open(folder / "completions.jsonl", "w") as file,
@@ -51,24 +47,39 @@ def run(config: DictConfig) -> None:
     ):
         printer = Printer(progress.write)
         results = Results(file, progress)
+        waiting: deque[Request] = deque()
+
+        def end(completion: Completion) -> None:
+            results.end(completion)
+            feed()
+
+        def feed() -> None:
+            while waiting and engine.unfinished < MOST_REQUESTS:
+                request = waiting.popleft()
+                try:
+                    engine.add_request(request)
+                except UserError as error:
+                    del results.expected[request.id]
+                    results.fail(request.id, str(error))
+
         engine = LiveEngine(
-            ModelExecutor(model, profile), policy, slo, model.tokenizer,
-            interval_s=number(config.interval_s, "interval_s"), max_requests=len(lines),
-            save_blocks=config.save_blocks, safepoints=config.safepoints, seed=seed_of(config.seed),
-            on_end=results.end, on_step=recording,
+            executor, policy, slo, model.tokenizer, interval_s=number(config.interval_s, "interval_s"),
+            max_requests=min(len(lines), MOST_REQUESTS), save_blocks=config.save_blocks, safepoints=config.safepoints,
+            seed=seed_of(config.seed), on_end=end, on_step=recording,
         )  # fmt: skip
-        if recording is not None:
-            recording.view = engine.view
         for place, line in lines:
             request_id = place
             try:
                 fields = json_object(line)
                 request_id = str(fields.pop("id", place))
+                if request_id in results.expected:
+                    raise UserError(f"Request {request_id} is there already; give each line an id of its own.")
                 request = parse(request_id, fields, model.tokenizer, max_tokens, printer if config.stream else None)
-                engine.add_request(request)
                 results.expected[request_id] = request.request_class
+                waiting.append(request)
             except UserError as error:
                 results.fail(request_id, str(error))
+        feed()
         try:
             engine.drain()
         except KeyboardInterrupt:
@@ -77,7 +88,7 @@ def run(config: DictConfig) -> None:
             results.fail(request_id, f"It did not end under policy {policy.name}; choose another one.")
     if config.record:
         plot_timeline(read_timeline(folder / "timeline.csv"), policy.name, folder / "timeline.png")
-    print(summary(results, engine.metrics()))
+    print(summary(results, engine.metrics(), engine.view.now_s))
     print(f"written to {folder / 'completions.jsonl'}")
 
 
@@ -196,7 +207,7 @@ def describe(profile: EngineProfile) -> str:
     return f"{figures['kv_blocks']} blocks of {figures['block_size']} tokens, {figures['max_running']} seats"
 
 
-def summary(results: Results, metrics: dict[str, float]) -> str:
+def summary(results: Results, metrics: dict[str, float], duration_s: float) -> str:
     """What came of all requests, in a few lines."""
     lines = []
     for name, request_class in CLASSES.items():
@@ -210,7 +221,6 @@ def summary(results: Results, metrics: dict[str, float]) -> str:
         lines.append(f"{len(ended)} {name}: {counts}{waits}")
     if results.failed:
         lines.append(f"{results.failed} did not run")
-    duration_s = max((completion.e2e_s for ended in results.ended.values() for completion in ended), default=0.0)
     lines.append(
         f"{metrics['tokens']:.0f} tokens in {duration_s:.2f} s, {metrics['iterations']:.0f} iterations, "
         f"{metrics['preemptions']:.0f} preemptions; decisions took {1e6 * metrics['decision_median_s']:.0f} "

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from flexirl.runtime.engine import EngineProfile
 from flexirl.runtime.step_time import COEFFICIENTS, design_matrix
@@ -127,6 +128,9 @@ def plot_calibration(
         axes.scatter(actual_s[~mixed], expected_s[~mixed], s=8, color=IMMEDIATE_COLOUR, label="decodes alone")
         axes.scatter(actual_s[mixed], expected_s[mixed], s=8, color=DEFERRED_COLOUR, label="with a prefill chunk")
         axes.set(title=title, xlabel="measured seconds", ylabel="predicted seconds", xscale="log", yscale="log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.set_minor_formatter(NullFormatter())  # theirs would overlap
         axes.legend(fontsize=8)
     figure.savefig(folder / "calibration.png")
 

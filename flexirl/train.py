@@ -1,4 +1,7 @@
-"""Program: trains an agent on the surrogate, compares it with the heuristics, exports it: `python -m flexirl.train`."""
+"""Program: trains an agent, compares it with the heuristics, exports it: `python -m flexirl.train`.
+
+On the surrogate, or (`env=live model=tiny`) on a live engine.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import shlex
 import sys
 import zipfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
@@ -19,12 +22,21 @@ from omegaconf import DictConfig, OmegaConf
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch.utils.tensorboard import SummaryWriter
 
-from flexirl.configured import count_of, load_task, load_tasks, names_of, seed_of
+from flexirl.configured import count_of, load_executor, load_live_fleet, load_task, load_tasks, names_of, seed_of
 from flexirl.envs.action import NUM_DIALS
-from flexirl.envs.fleet import Task
+from flexirl.envs.fleet import Fleet, Task
 from flexirl.envs.vector import BatchingVecEnv
 from flexirl.errors import UserError
-from flexirl.evaluation import TUNING_SEED, compare, table, worth_of_dials, write_leaderboard
+from flexirl.evaluation import (
+    TUNING_SEED,
+    Runner,
+    compare,
+    on_live,
+    on_surrogate,
+    table,
+    worth_of_dials,
+    write_leaderboard,
+)
 from flexirl.plots import plot_comparison, plot_history, plot_timeline
 from flexirl.policies.agents import ALGORITHMS, make_agent, start_at
 from flexirl.policies.export import export
@@ -63,6 +75,43 @@ def held_out_task(config: DictConfig, task: Task) -> Task:
     return held_out
 
 
+@dataclass(frozen=True)
+class Engines:
+    """What an agent is prepared, trained and validated on, and what runs policies for the comparison."""
+
+    preparation: Fleet  # on which observations are normalised: the surrogate, since that costs no time
+    training: Fleet
+    validation: Fleet
+    runner: Runner
+
+
+def load_engines(config: DictConfig, tasks: list[Task], held_out: Task) -> Engines:
+    """The engines of `env.executor`; a mixture is validated on itself, with other seeds.
+
+    Raises UserError for bad figures, or a model that cannot be loaded.
+    """
+    members, group_size, traces = (
+        count_of(config.env[name], f"env.{name}") for name in ("members", "group_size", "traces")
+    )
+    episodes = count_of(config.validation.members, "validation.members")
+    if config.env.executor == "surrogate":
+        training = Fleet(tasks, members, group_size, traces)
+        watched = tasks if len(tasks) > 1 else held_out
+        return Engines(training, training, Fleet(watched, episodes, 1, episodes), on_surrogate)
+    if config.env.executor != "live":
+        raise UserError(f"env.executor={config.env.executor} is no engine to train on; choose surrogate or live.")
+    if members != 1 or episodes != 1:
+        raise UserError("A live engine is one engine; leave env.members and validation.members at 1.")
+    if len(tasks) > 1:
+        raise UserError("A live engine is one engine; train a mixture on the surrogate, with env.executor=surrogate.")
+    model, executor = load_executor(config)
+    training = load_live_fleet(config, tasks[0], executor)
+    # Validation comes in the middle of a training episode, whose keys and values must stay where they are.
+    judge = type(executor)(model, executor.profile)
+    preparation = Fleet(training.task, 1, 1, traces)
+    return Engines(preparation, training, load_live_fleet(config, held_out, judge), on_live(judge))
+
+
 def load_agent(config: DictConfig, env: BatchingVecEnv, log_folder: Path, seed: int) -> BaseAlgorithm:
     """A new agent, or the one of `resume`."""
     settings: dict[str, Any] = OmegaConf.to_container(config.agent, resolve=True)  # type: ignore[assignment]
@@ -70,8 +119,12 @@ def load_agent(config: DictConfig, env: BatchingVecEnv, log_folder: Path, seed: 
         return make_agent(settings, env, int(config.env.group_size), seed, log_folder)
     if not Path(config.resume).is_file():
         raise UserError(f"resume={config.resume} does not exist; give a run's policy.zip.")
+    grouping: dict[str, Any] = {}
+    if settings["algorithm"] == "grouped_ppo":  # the saved agent's groups may have been others
+        size = int(config.env.group_size)
+        grouping = {"group_size": size, "rollout_buffer_kwargs": {"group_size": size}}
     try:
-        agent = ALGORITHMS[settings["algorithm"]].load(config.resume, env=env, device="cpu")
+        agent = ALGORITHMS[settings["algorithm"]].load(config.resume, env=env, device="cpu", **grouping)
     except (ValueError, KeyError, AssertionError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"resume={config.resume} cannot go on here ({error}); give the same agent and env.") from None
     agent.tensorboard_log = str(log_folder)
@@ -84,31 +137,28 @@ def run(config: DictConfig) -> float:
     seed = seed_of(config.seed)
     total_steps = count_of(config.total_steps, "total_steps")
     every_steps = count_of(config.validation.every_steps, "validation.every_steps")
-    episodes = count_of(config.validation.members, "validation.members")
-    members, group_size, traces = (
-        count_of(config.env[name], f"env.{name}") for name in ("members", "group_size", "traces")
-    )
     count_of(config.compare.seeds, "compare.seeds")
     check_names(names_of(config.compare.policies, "compare.policies"))
     task, tasks = load_task(config), load_tasks(config)
     held_out = held_out_task(config, task)
     record_run(config, folder)
     torch.set_num_threads(1)  # these networks are too small to share; waiting threads would rob the engines
-    env = BatchingVecEnv(tasks, members, group_size, traces, seed)
+    engines = load_engines(config, tasks, held_out)
+    if len(tasks) == 1:  # else the agent is compared on the scenario of `config`
+        task, held_out = engines.training.task, engines.validation.task
+    env = BatchingVecEnv(engines.preparation, seed)
     agent = load_agent(config, env, folder, seed)
     if config.resume is None and task.action == "dials" and config.agent.warm_start:
         worth = partial(worth_of_dials, tasks, episodes=max(3, len(tasks[:TUNED_ON])), seed=TUNING_SEED + 1000 * seed)
         dials = search_dials(np.zeros(NUM_DIALS), worth, seed)
         print(f"starting from the best constant dials found: {np.round(dials, 2).tolist()}")
         start_at(agent, dials.tolist())
+    if engines.training is not engines.preparation:
+        env.close()
+        env = BatchingVecEnv(engines.training, seed)
+        agent.set_env(env)
     watching = Training(
-        tasks if len(tasks) > 1 else [held_out],
-        folder,
-        total_steps,
-        every_steps,
-        episodes,
-        VALIDATION_SEED + seed,
-        bool(config.progress),
+        engines.validation, folder, total_steps, every_steps, VALIDATION_SEED + seed, bool(config.progress)
     )
     print(f"{task.scenario.name} on {task.engine.name}: {task.reward.name} reward optimises {task.reward.optimises}")
     try:
@@ -120,12 +170,18 @@ def run(config: DictConfig) -> float:
     env.close()
     best = type(agent).load(folder / "best.zip", device="cpu")
     best.save(folder / "policy.zip")
-    report(config, folder, best, watching, task, held_out)
+    report(config, folder, best, watching, task, held_out, engines.runner)
     return watching.best["revenue_share"]
 
 
 def report(
-    config: DictConfig, folder: Path, agent: BaseAlgorithm, watching: Training, task: Task, held_out: Task
+    config: DictConfig,
+    folder: Path,
+    agent: BaseAlgorithm,
+    watching: Training,
+    task: Task,
+    held_out: Task,
+    runner: Runner,
 ) -> None:
     """Exports the agent, compares it, writes tables and pictures."""
     plot_history(watching.history, folder / "reward.png")
@@ -141,7 +197,7 @@ def report(
         export(agent, folder / "policy.onnx", metadata)
         names.insert(0, str(folder / "policy.onnx"))
     held_out_scenario = replace(held_out, action=task.action)
-    comparison = compare(held_out_scenario, names, int(config.compare.seeds), task, seed_of(config.seed))
+    comparison = compare(held_out_scenario, names, int(config.compare.seeds), task, seed_of(config.seed), runner)
     write_leaderboard(comparison.rows, folder)
     plot_comparison(comparison.rows, folder / "comparison.png")
     first = next(iter(comparison.first_runs))

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import run
 
 from flexirl import generate
 from flexirl.program import run_program
 
-ROOT = Path(__file__).parents[1]
 FIELDS = {"id", "token_ids", "text", "finish_reason", "ttft_s", "e2e_s", "preemptions"}
 
 
-def run_generate(folder: Path, lines: list[Any], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs the program on these lines in a folder; a line that is not text is written as JSON."""
+def write_prompts(folder: Path, lines: list[Any]) -> None:
+    """prompts.jsonl with these lines; one that is not text is written as JSON."""
     text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
     (folder / "prompts.jsonl").write_text(text)
-    return subprocess.run(
-        [sys.executable, "-m", "flexirl.generate", "prompts=prompts.jsonl", "hydra.run.dir=out", *arguments],
-        capture_output=True, text=True, check=False, cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
 
 
 def completions(folder: Path) -> list[dict[str, Any]]:
@@ -55,7 +48,9 @@ BAD: list[tuple[Any, str, str]] = [
 
 
 def test_good_lines_run_and_bad_ones_say_why(tmp_path: Path) -> None:
-    ran = run_generate(tmp_path, [*GOOD, *(line for line, _, _ in BAD)], "engine.kv_blocks=12", "policy=vllm_priority")
+    write_prompts(tmp_path, [*GOOD, *(line for line, _, _ in BAD)])
+    limits = ("engine.kv_blocks=12", "policy=vllm_priority")
+    ran = run(tmp_path, "generate", "prompts=prompts.jsonl", "hydra.run.dir=out", *limits)
     assert ran.returncode == 0, ran.stderr
     found = completions(tmp_path)
     assert all(set(completion) >= FIELDS for completion in found) and len(found) == len(GOOD) + len(BAD)
@@ -73,6 +68,24 @@ def test_good_lines_run_and_bad_ones_say_why(tmp_path: Path) -> None:
     printed = ran.stdout
     assert "greedy | " in printed and "[length]" in printed and "9 did not run" in printed and "microseconds" in printed
     assert (tmp_path / "out" / "config.yaml").is_file()
+
+
+def test_a_file_longer_than_the_engines_room_gives_the_same_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All at once, and two at a time: a request whose turn comes later is the same request."""
+    monkeypatch.chdir(tmp_path)
+    bad = [{"id": "zero", "prompt": "x", "max_tokens": 0}, {"id": "greedy", "prompt": "again"}]
+    write_prompts(tmp_path, [*GOOD, *bad])
+    tokens = []
+    for most in (generate.MOST_REQUESTS, 2):
+        monkeypatch.setattr(generate, "MOST_REQUESTS", most)
+        monkeypatch.setattr(sys, "argv", ["generate", "prompts=prompts.jsonl", "hydra.run.dir=out", "stream=false"])
+        run_program("generate", generate.run)
+        found = completions(tmp_path)
+        assert {done["id"] for done in found if done["finish_reason"] == "error"} == {"greedy", "zero"}
+        tokens.append({done["id"]: done["token_ids"] for done in found if done["finish_reason"] != "error"})
+    assert len(tokens[0]) == len(GOOD) and tokens[0] == tokens[1]
 
 
 @pytest.mark.parametrize(

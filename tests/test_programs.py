@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import onnx
 import pytest
+from programs import error, run
 from stable_baselines3.common.save_util import load_from_zip_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flexirl.runtime.engine import load_profile, save_profile
 
-ROOT = Path(__file__).parents[1]
 EPISODE = ("workload.duration_s=20", "workload.warmup_s=2")
 SMALL = (*EPISODE, "env.members=8", "env.group_size=4", "env.traces=4", "total_steps=4096", "validation.members=2",
          "agent.hyperparameters.batch_size=512", "compare.seeds=1", "progress=false")  # fmt: skip
@@ -32,14 +29,6 @@ RUN_FILES = {
     "config.yaml", "command.txt", "packages.txt", "policy.zip", "policy.onnx", "leaderboard.csv", "leaderboard.json",
     "reward.png", "comparison.png", "timeline.png",
 }  # fmt: skip
-
-
-def run(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m flexirl.<name> <arguments>` in a folder, as a user does."""
-    return subprocess.run(
-        [sys.executable, "-m", f"flexirl.{name}", *arguments],
-        capture_output=True, text=True, check=False, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +49,6 @@ def leaderboard(folder: Path) -> list[dict[str, object]]:
     assert [row["policy"] for row in table] == [row["policy"] for row in rows]
     assert all(set(row) == LEADERBOARD for row in (*rows, *table))
     return rows
-
-
-def error(ran: subprocess.CompletedProcess[str]) -> str:
-    """What a program said to a user who was wrong: one line, exit code 2."""
-    lines = ran.stderr.strip().splitlines()
-    assert ran.returncode == 2 and len(lines) == 1 and "Traceback" not in ran.stderr, ran.stderr
-    return lines[0]
 
 
 def test_a_run_leaves_everything_in_its_folder(trained: Path) -> None:

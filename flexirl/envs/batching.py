@@ -1,4 +1,4 @@
-"""`flexirl/Batching-v0`: one serving engine whose admission and preemption the agent decides."""
+"""`flexirl/Batching-v0` and `LiveBatching-v0`: one serving engine whose admission and preemption the agent decides."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from flexirl.envs.fleet import Fleet, Task
+from flexirl.envs.fleet import Fleet
 from flexirl.envs.vector import spaces
 from flexirl.runtime.simulation import TIMELINE, timeline_row
 
 
 class BatchingEnv(gym.Env[np.ndarray, Any]):
-    """A surrogate engine that serves immediate and deferred requests of a scenario.
+    """An engine that serves immediate and deferred requests of a scenario: a surrogate one, or, of a `LiveFleet`, live.
 
     Observation: `flexirl.envs.observation.TABLE` (and `REQUEST_TABLE` per visible request with `action="scores"`).
     Action: `flexirl.envs.action.DIALS` in [-1, 1]; with `action="grid"` one of `GRID`; with `action="scores"` one score
@@ -23,10 +23,11 @@ class BatchingEnv(gym.Env[np.ndarray, Any]):
 
     metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 5}  # noqa: RUF012
 
-    def __init__(self, task: Task, render_mode: str | None = None) -> None:
-        self.task = task
+    def __init__(self, fleet: Fleet, render_mode: str | None = None) -> None:
+        """fleet: of one member, used by this environment alone."""
+        self.fleet = fleet
+        self.task = fleet.task
         self.render_mode = render_mode
-        self.fleet = Fleet(self.task, 1, threads=1)
         self.observation_space, self.action_space = spaces(self.fleet)
         self._timeline: list[tuple[float, ...]] = []
 
@@ -63,7 +64,7 @@ class BatchingEnv(gym.Env[np.ndarray, Any]):
         return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
 
     def close(self) -> None:
-        """Ends the fleet's threads."""
+        """Ends what the fleet still runs."""
         self.fleet.close()
 
 

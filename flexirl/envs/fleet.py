@@ -204,11 +204,14 @@ class Fleet:
             self._reward[m] = self._reward_of(which)[0]
             self._memory[m] = np.zeros((), MEMORY)
             self._warm[m] = np.zeros((), CLASS)
-            noise_seed = _child_seed(self._seed, int(self._episode[group]), m)
-            _start_member(
-                self._states, self._traces, promises, self._member, self._memory, self._batches, self._promise,
-                self.low, self.high, self.observations, m, noise_seed,
-            )  # fmt: skip
+            self._start_engine(m, trace, promises, _child_seed(self._seed, int(self._episode[group]), m))
+
+    def _start_engine(self, m: int, trace: Trace, promises: np.ndarray, seed: int) -> None:
+        """Puts the engine of member m at the start of a trace, and observes it."""
+        _start_member(
+            self._states, self._traces, promises, self._member, self._memory, self._batches, self._promise, self.low,
+            self.high, self.observations, m, seed,
+        )  # fmt: skip
 
     def _grow(self, max_requests: int, num_tenants: int) -> None:
         """Makes room for a longer trace in the middle of other members' episodes."""
@@ -233,6 +236,20 @@ class Fleet:
         if action.shape != (self.members, numbers):
             raise ValueError(f"Actions of shape {action.shape} do not fit {self.members} members of {numbers} numbers.")
 
+        self._run(action)
+        now_s = self._states.scheduler["now_s"][:, 0]
+        warmup_s = self._member["warmup_s"]
+        warm = (self._member["measured_from_s"] == 0) & (now_s >= warmup_s) & (warmup_s > 0)
+        if warm.any():
+            self._warm[warm] = self._states.classes[warm]
+            self._member["measured_from_s"][warm] = now_s[warm]
+        # By steps, not by the clock: a long iteration takes one member past the end before the others of its group.
+        over = self._member["steps"] * self.task.interval_s >= self._member["duration_s"] - 1e-9
+        return self.observations, self.rewards, over
+
+    def _run(self, action: np.ndarray) -> None:
+        """Runs all engines for an interval under these dials or scores; sets observations and rewards."""
+
         def run(share: tuple[int, int]) -> None:
             _step_members(
                 self._states, self._traces, self._member, self._memory, self._batches, self._promise, self._reward,
@@ -244,15 +261,6 @@ class Fleet:
             run(self._shares[0])
         else:
             list(self._pool.map(run, self._shares))
-        now_s = self._states.scheduler["now_s"][:, 0]
-        warmup_s = self._member["warmup_s"]
-        warm = (self._member["measured_from_s"] == 0) & (now_s >= warmup_s) & (warmup_s > 0)
-        if warm.any():
-            self._warm[warm] = self._states.classes[warm]
-            self._member["measured_from_s"][warm] = now_s[warm]
-        # By steps, not by the clock: a long iteration takes one member past the end before the others of its group.
-        over = self._member["steps"] * self.task.interval_s >= self._member["duration_s"] - 1e-9
-        return self.observations, self.rewards, over
 
     def restart(self, over: np.ndarray) -> None:
         """Starts the next episode of the groups whose members are over (bool, members); a group ends as one."""
@@ -321,7 +329,7 @@ def _member_state(states: State, m: int) -> State:
 def _start_member(states, traces, promises, members, memory, batches, promise, low, high, observations, m, seed):
     state = borrow(_member_state(states, m))
     surrogate.start(state, traces[m, : members[m].rows], promises, seed)
-    observe(state, memory[m], promise[m], batches[m], low, high, observations[m])
+    observe_member(state, memory, promise, batches, low, high, observations, m)
 
 
 @nb.njit(cache=True, nogil=True)
@@ -330,17 +338,40 @@ def _step_members(
     rewards, first, end,
 ):  # fmt: skip
     for m in range(first, end):
-        state, member = borrow(_member_state(states, m)), members[m]
-        if kind == _SCORES:
-            actions.set_scores(state, action[m], promise[m].tpot_s)
-        else:
-            actions.set_dials(state, action[m], promise[m].tpot_s, member.immediate_order, member.deferred_order)
-        member.steps += 1
-        until_s = min(member.steps * interval_s, member.duration_s)
+        state = borrow(_member_state(states, m))
+        until_s = begin_interval(state, members, promise, action, kind, interval_s, m)
         began_s = state.scheduler[0].now_s
-        surrogate.advance(state, traces[m, : member.rows], until_s, 0)
-        rewards[m] = _reward(state, member, promise[m], reward[m], began_s, interval_s)
-        observe(state, memory[m], promise[m], batches[m], low, high, observations[m])
+        surrogate.advance(state, traces[m, : members[m].rows], until_s, 0)
+        end_interval(
+            state, members, memory, batches, promise, reward, low, high, began_s, interval_s, observations, rewards, m
+        )
+
+
+@nb.njit(cache=True)
+def begin_interval(state, members, promise, action, kind, interval_s, m):
+    """Puts member m's action in force; returns the second to which its engine is to run."""
+    member = members[m]
+    if kind == _SCORES:
+        actions.set_scores(state, action[m], promise[m].tpot_s)
+    else:
+        actions.set_dials(state, action[m], promise[m].tpot_s, member.immediate_order, member.deferred_order)
+    member.steps += 1
+    return min(member.steps * interval_s, member.duration_s)
+
+
+@nb.njit(cache=True)
+def end_interval(
+    state, members, memory, batches, promise, reward, low, high, began_s, interval_s, observations, rewards, m
+):  # fmt: skip
+    """Pays and observes member m, whose engine has run since `began_s`."""
+    rewards[m] = _reward(state, members[m], promise[m], reward[m], began_s, interval_s)
+    observe_member(state, memory, promise, batches, low, high, observations, m)
+
+
+@nb.njit(cache=True)
+def observe_member(state, memory, promise, batches, low, high, observations, m):
+    """Observes member m."""
+    observe(state, memory[m], promise[m], batches[m], low, high, observations[m])
 
 
 @nb.njit(cache=True)

@@ -31,9 +31,7 @@ class Feature(NamedTuple):
 
 
 TABLE = (
-    Feature(
-        "immediate_waiting", "waiting immediate requests not given up", "requests", "log(1 + n) / 5", 0, 3
-    ),
+    Feature("immediate_waiting", "waiting immediate requests not given up", "requests", "log(1 + n) / 5", 0, 3),
     Feature("immediate_owed", "prefill time owed to them", "TTFT SLO", "1", 0, 4),
     Feature("immediate_wait", "longest wait of the head of their queue", "TTFT SLO", "1", 0, 4),
     Feature("immediate_running", "running immediate requests", "seats", "1", 0, 1),

@@ -58,10 +58,9 @@ class BatchingVectorEnv(VectorEnv):
 class BatchingVecEnv(VecEnv):
     """stable-baselines3's vector environment. An ended episode's info holds its figures under `figures`."""
 
-    def __init__(
-        self, tasks: Task | Sequence[Task], num_envs: int, group_size: int = 1, traces: int = 64, seed: int = 0
-    ) -> None:
-        self.fleet = Fleet(tasks, num_envs, group_size, traces)
+    def __init__(self, fleet: Fleet, seed: int = 0) -> None:
+        self.fleet = fleet
+        num_envs = fleet.members
         self.render_mode = None  # asked for by the constructor below
         self._next_seed = seed
         self._infos: list[dict[str, Any]] = [{} for _ in range(num_envs)]

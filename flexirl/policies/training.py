@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from tqdm import tqdm
 
 from flexirl.envs.action import DIALS
-from flexirl.envs.fleet import Fleet, Task
+from flexirl.envs.fleet import Fleet
 
 FIGURES = ("revenue_per_s", "revenue_share", "immediate_attainment", "deferred_tokens_per_s", "preemptions_per_s")
 
@@ -46,19 +45,13 @@ class Training(BaseCallback):
     """
 
     def __init__(
-        self,
-        tasks: Sequence[Task],
-        folder: Path,
-        total_steps: int,
-        every_steps: int,
-        members: int,
-        seed: int,
-        progress: bool,
+        self, fleet: Fleet, folder: Path, total_steps: int, every_steps: int, seed: int, progress: bool
     ) -> None:
+        """fleet: validates one episode of each of its members every `every_steps` steps, with this seed."""
         super().__init__()
         self.folder, self.total_steps, self.every_steps = folder, total_steps, every_steps
         self.history: list[dict[str, float]] = []
-        self._fleet = Fleet(tasks, members, 1, members)
+        self._fleet = fleet
         self._seed = seed
         self._progress = tqdm(total=total_steps, unit=" steps", disable=not progress, smoothing=0.05)
         self._episodes: deque[dict[str, float]] = deque(maxlen=200)

@@ -19,8 +19,7 @@ import torch
 from flexirl.errors import UserError
 from flexirl.runtime.clock import VirtualClock
 from flexirl.runtime.engine import UNITS, EngineProfile, make_profile
-from flexirl.runtime.executor import Batch, Executor
-from flexirl.runtime.host_cache import Moves
+from flexirl.runtime.executor import Batch, Executor, Moves
 from flexirl.runtime.kv_cache import blocks_for
 from flexirl.runtime.live import LiveEngine, Request, Step
 from flexirl.runtime.policy import Policy

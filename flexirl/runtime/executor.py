@@ -1,30 +1,19 @@
-"""What computes a planned iteration: the protocol, and the executor that runs a model over a paged cache."""
+"""What computes a planned iteration: the protocol between the engine and its executor, and what passes between them."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from flexirl.errors import UserError
 from flexirl.runtime.engine import EngineProfile
-from flexirl.runtime.host_cache import HostCache, Moves
-from flexirl.runtime.kernels import plan_attention
-from flexirl.runtime.kv_cache import blocks_for
-from flexirl.runtime.models.attention import Interrupted, PagedIteration
-from flexirl.runtime.models.loading import LoadedModel, total_memory
-from flexirl.runtime.sampling import Logprobs, choose, likeliest, log_probabilities
+from flexirl.runtime.sampling import Logprobs
 
-__all__ = ["Batch", "Executor", "Interrupted", "ModelExecutor", "OutOfMemory", "Outcome", "fit_profile"]
 
-# Share of a device's memory that weights, cache and activations may take together, and of the machine's memory that
-# the cache may take where there is no other device.
-_DEVICE_SHARE, _HOST_SHARE = 0.9, 0.25
-_HOST_BYTES = 4 << 30  # for swapped requests, unless told otherwise; vLLM's default
+class Interrupted(Exception):
+    """The iteration was broken off between two layers; nothing of it counts."""
 
 
 class OutOfMemory(Exception):
@@ -55,6 +44,20 @@ class Outcome(NamedTuple):
     forward_s: float
 
 
+@dataclass(frozen=True)
+class Moves:
+    """What moves between device and host memory in one iteration: of each request, its device blocks in order.
+
+    out: preempted by swap, all its blocks; back: admitted again, all its blocks, of which the first `kept` are to stay
+    saved; save: further full blocks of a running request, those after the ones saved already.
+    """
+
+    out: dict[int, list[int]] = field(default_factory=dict)
+    back: dict[int, list[int]] = field(default_factory=dict)
+    kept: dict[int, int] = field(default_factory=dict)
+    save: dict[int, list[int]] = field(default_factory=dict)
+
+
 class Executor(Protocol):
     """Holds keys and values and computes iterations. Requests are known by their place in the scheduler's table."""
 
@@ -82,147 +85,3 @@ class Executor(Protocol):
     def forget(self, r: int) -> None:
         """Request r has ended."""
         ...
-
-
-class ModelExecutor:
-    """Runs a Transformers model; profile: see `fit_profile`, which makes one that fits the model and the memory."""
-
-    def __init__(self, model: LoadedModel, profile: EngineProfile) -> None:
-        self.profile = profile
-        self.vocab_size = model.vocab_size
-        self.end_tokens = model.end_tokens
-        self._model = model.model
-        self._geometry = model.geometry
-        self._block_size = int(profile.values["block_size"])
-        blocks, host_blocks = int(profile.values["kv_blocks"]), int(profile.values["host_kv_blocks"])
-        # On a CPU the tensors made of a batch are its own memory, so they serve for all that come as the same object.
-        self._seen: tuple[Batch | None, tuple[Tensor, ...]] = (None, ())
-        geometry = model.geometry
-        shape = (2 * geometry.layers, blocks, self._block_size, geometry.kv_heads, geometry.head_dim)
-        try:
-            self._cache = torch.zeros(shape, dtype=model.dtype, device=model.device)
-            self._host = HostCache(self._cache, host_blocks)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            gigabytes = (blocks + host_blocks) * _block_bytes(model, self._block_size) / 2**30
-            raise UserError(
-                f"engine.kv_blocks={blocks} and engine.host_kv_blocks={host_blocks} take {gigabytes:.1f} GiB, which "
-                f"{model.device} and this machine do not have left; give smaller numbers."
-            ) from None
-
-    @property
-    def free_host_blocks(self) -> int:
-        """See `Executor`."""
-        return self._host.free_blocks
-
-    def move(self, moves: Moves) -> dict[int, int]:
-        """See `Executor`."""
-        return self._host.move(moves)
-
-    def forget(self, r: int) -> None:
-        """See `Executor`."""
-        self._host.forget(r)
-
-    def execute(self, batch: Batch, sampling: np.ndarray | None, interrupted: Callable[[], bool] | None) -> Outcome:
-        """See `Executor`."""
-        try:
-            tokens, positions, slots, sampled_rows, block_table = self._tensors(batch)
-            attention = plan_attention(
-                batch.query_lens, batch.context_lens, block_table, self._cache.device,
-                num_heads=self._geometry.heads, num_kv_heads=self._geometry.kv_heads, block_size=self._block_size,
-            )  # fmt: skip
-            paged = PagedIteration(self._cache, slots, attention, interrupted)
-            del attention  # so that all it makes is gone when the model is done
-            began = time.perf_counter()
-            logits = self._model(
-                input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=sampled_rows, paged=paged
-            ).logits[0]
-            del paged
-            forward_s = time.perf_counter() - began
-            logprobs: dict[int, Logprobs] = {}
-            if sampling is None:
-                chosen = likeliest(logits)
-            else:
-                chosen = choose(logits, sampling, batch.draws)
-                logprobs = log_probabilities(logits, chosen, sampling)
-            if self._cache.is_cuda:  # the model was only launched above
-                forward_s = time.perf_counter() - began
-            return Outcome(chosen, logprobs, forward_s)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            if self._cache.is_cuda:
-                torch.cuda.empty_cache()
-            raise OutOfMemory from error
-
-    def _tensors(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Tokens and positions (1, T), slots (T,), sampled rows (S,), block table (N, widest) on the device."""
-        device = self._cache.device
-        if self._cache.is_cuda or batch is not self._seen[0]:
-            arrays = (batch.tokens[None], batch.positions[None], batch.slots, batch.sampled_rows, batch.block_table)
-            self._seen = batch, tuple(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
-        return self._seen[1]
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # The CPU's allocator has no exception of its own.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-def _block_bytes(model: LoadedModel, block_size: int) -> int:
-    geometry = model.geometry
-    return 2 * geometry.layers * geometry.kv_heads * geometry.head_dim * block_size * model.dtype.itemsize
-
-
-def fit_profile(
-    model: LoadedModel, profile: EngineProfile, kv_blocks: int | None = None, host_kv_blocks: int | None = None
-) -> EngineProfile:
-    """`profile` with block counts and longest sequence that fit the model and the memory of its device.
-
-    kv_blocks, host_kv_blocks: taken as they are if given. Otherwise the cache gets what 90% of the device's memory
-    leaves beside the weights and the largest iteration (on a CPU a quarter of the machine's memory), but no more than
-    all seats can use, and host memory 4 GiB. Raises UserError if no block fits, or those given do not.
-    """
-    block_size = int(profile.values["block_size"])
-    block_bytes = _block_bytes(model, block_size)
-    longest = min(int(profile.values["max_model_len"]), model.max_len)
-    fitting = _cache_bytes(model, int(profile.values["max_tokens_per_step"])) // block_bytes
-    useful = int(profile.values["max_running"]) * blocks_for(longest, block_size)
-    blocks = kv_blocks if kv_blocks is not None else min(fitting, useful)
-    if blocks < 1 or blocks * block_bytes > total_memory(model.device):
-        there = total_memory(model.device) / 2**30
-        raise UserError(
-            f"Model {model.name} needs {block_bytes / 2**20:.1f} MiB of cache per block, and engine.kv_blocks={blocks} "
-            f"does not fit into the {there:.1f} GiB of {model.device.type}; give a number that does."
-        )
-    if host_kv_blocks is None:
-        host_kv_blocks = min(_HOST_BYTES // block_bytes, 4 * blocks)
-    return profile.replace(
-        kv_blocks=blocks, host_kv_blocks=host_kv_blocks, max_model_len=min(longest, blocks * block_size)
-    )
-
-
-def _cache_bytes(model: LoadedModel, max_tokens: int) -> int:
-    """Bytes that the cache may take."""
-    if model.device.type == "cpu":
-        return int(total_memory(model.device) * _HOST_SHARE)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(model.device)
-    tokens = torch.zeros((1, max_tokens), dtype=torch.int64, device=model.device)
-
-    def attend(layer: int, query: Tensor, *_: object) -> Tensor:
-        return query
-
-    try:
-        model.model(
-            input_ids=tokens, position_ids=tokens, use_cache=False, logits_to_keep=tokens[0, :256], paged=attend
-        )
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"An iteration of {max_tokens} tokens of {model.name} does not fit into {model.device}; "
-            "lower engine.max_tokens_per_step."
-        ) from None
-    peak = torch.cuda.max_memory_allocated(model.device)
-    torch.cuda.empty_cache()
-    return int(total_memory(model.device) * _DEVICE_SHARE) - peak

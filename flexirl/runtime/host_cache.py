@@ -9,30 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flexirl.runtime.executor import Moves
 from flexirl.runtime.kernels import gather_blocks, scatter_blocks
 
 _STAGED = 32  # blocks that pass through device memory at once on their way
-
-
-@dataclass(frozen=True)
-class Moves:
-    """What moves between device and host memory in one iteration: of each request, its device blocks in order.
-
-    out: preempted by swap, all its blocks; back: admitted again, all its blocks, of which the first `kept` are to stay
-    saved; save: further full blocks of a running request, those after the ones saved already.
-    """
-
-    out: dict[int, list[int]] = field(default_factory=dict)
-    back: dict[int, list[int]] = field(default_factory=dict)
-    kept: dict[int, int] = field(default_factory=dict)
-    save: dict[int, list[int]] = field(default_factory=dict)
 
 
 class HostCache:

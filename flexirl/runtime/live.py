@@ -23,8 +23,7 @@ from flexirl.runtime.accounts import histogram_percentile
 from flexirl.runtime.block_table import new_block_table
 from flexirl.runtime.books import itl_bin
 from flexirl.runtime.clock import Clock, WallClock
-from flexirl.runtime.executor import Batch, Executor, Interrupted, OutOfMemory
-from flexirl.runtime.host_cache import Moves
+from flexirl.runtime.executor import Batch, Executor, Interrupted, Moves, OutOfMemory
 from flexirl.runtime.iteration import Counts, LiveState, finish, new_flat_batch, new_request_arrays, prepare
 from flexirl.runtime.kv_cache import blocks_for
 from flexirl.runtime.policy import Policy, View
@@ -54,6 +53,7 @@ _PATIENCE = 256  # iterations that have to fit before larger ones are tried agai
 class Step(NamedTuple):
     """One iteration, for whoever records them."""
 
+    view: View  # of the engine, live
     began_s: float  # on the engine's clock
     elapsed_s: float
     abandoned: bool
@@ -251,6 +251,12 @@ class LiveEngine:
                 break
             self._take_in()
         self.clock.pause()
+
+    def cancel_all(self) -> None:
+        """Ends every request between two iterations; the executor can then serve another engine."""
+        for request_id in list(self._known):
+            self.cancel(request_id)
+        self.advance(self.view.now_s)
 
     def metrics(self) -> dict[str, float]:
         """Counts since the start, and how long decisions took (seconds; 0 before the first)."""
@@ -498,6 +504,7 @@ class LiveEngine:
     ) -> Step:
         """The iteration just booked, for `on_step`; forward_s: None if it was broken off."""
         return Step(
+            view=self.view,
             began_s=began_s,
             elapsed_s=self.view.now_s - began_s,
             abandoned=forward_s is None,

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flexirl.errors import UserError
-from flexirl.runtime.policy import View
 from flexirl.runtime.simulation import TIMELINE, timeline_row
 
 if TYPE_CHECKING:
@@ -30,12 +29,11 @@ _TRACKS = {_ITERATIONS: "iterations", _HOST: "host", _DECISIONS: "decisions"}
 class Recording:
     """Writes `trace.json` and `timeline.csv` into a folder as iterations come; a context manager.
 
-    Give `Recording(folder)` to `LiveEngine(on_step=...)` and set `view` to the engine's before it runs. Both files are
-    written line by line: what has happened so far is there if the process dies (Perfetto reads an unclosed trace).
+    Give `Recording(folder)` to `LiveEngine(on_step=...)`. Both files are written line by line: what has happened so far
+    is there if the process dies (Perfetto reads an unclosed trace).
     """
 
     def __init__(self, folder: Path) -> None:
-        self.view: View | None = None
         self._trace = open(folder / "trace.json", "w")
         self._timeline = open(folder / "timeline.csv", "w", newline="")
         self._rows = csv.writer(self._timeline)
@@ -57,7 +55,6 @@ class Recording:
 
     def __call__(self, step: Step) -> None:
         """Writes one iteration."""
-        assert self.view is not None, "a recording needs the engine's view"
         features = {name: step.features[name].item() for name in step.features.dtype.names or ()}
         name = "abandoned" if step.abandoned else "mixed" if features["prefill_tokens"] else "decode"
         tokens = dict(zip(step.requests, step.tokens, strict=True))
@@ -75,7 +72,7 @@ class Recording:
             finite = {field: value if abs(value) < float("inf") else "unlimited" for field, value in changed.items()}
             self._event(ph="i", s="t", name="decision", tid=_DECISIONS, ts=_microseconds(step.began_s), args=finite)
             self._decision = step.decision
-        row = timeline_row(self.view.state)
+        row = timeline_row(step.view.state)
         self._rows.writerow(row)
         stands = dict(zip(TIMELINE.names or (), row, strict=True))
         for counter in ("waiting", "running", "kv_share"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
-from flexirl.runtime.scheduler import submit
+from flexirl.runtime.scheduler import fill_in, submit
 from flexirl.runtime.state import State
 from flexirl.workloads.trace import IMMEDIATE
 
@@ -17,20 +17,8 @@ from flexirl.workloads.trace import IMMEDIATE
 @nb.njit(cache=True)
 def enter(state: State, r: int, rows: np.ndarray) -> None:
     """Takes the request in `rows` (`TRACE_ROW`, (1,)) into place r of the table, which is free, and submits it."""
-    row, request = rows[0], state.requests[r]
-    request.arrival_s = row.arrival_s
-    request.ttft_deadline_s = row.arrival_s + row.ttft_slo_s
-    request.tpot_slo_s = row.tpot_slo_s
-    request.deadline_s = row.arrival_s + row.window_s
-    request.request_class = row.request_class
-    request.tenant = row.tenant
-    request.prompt_tokens = row.prompt_tokens
-    request.output_tokens = row.output_tokens
-    request.max_tokens = row.max_tokens
-    request.predicted_output_tokens = row.predicted_output_tokens
-    request.num_images = row.num_images
-    request.image_tokens = row.image_tokens
-    request.prefix_tokens = row.prefix_tokens
+    request = state.requests[r]
+    fill_in(request, rows[0])
     if request.request_class == IMMEDIATE and request.ttft_deadline_s < np.inf:
         _promise(state, r)
     submit(state, r)

@@ -51,6 +51,24 @@ from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 
 @nb.njit(cache=True)
+def fill_in(request, row) -> None:
+    """Copies what the client asked for from a `TRACE_ROW` record into a `REQUEST` record; `submit` does the rest."""
+    request.arrival_s = row.arrival_s
+    request.ttft_deadline_s = row.arrival_s + row.ttft_slo_s
+    request.tpot_slo_s = row.tpot_slo_s
+    request.deadline_s = row.arrival_s + row.window_s
+    request.request_class = row.request_class
+    request.tenant = row.tenant
+    request.prompt_tokens = row.prompt_tokens
+    request.output_tokens = row.output_tokens
+    request.max_tokens = row.max_tokens
+    request.predicted_output_tokens = row.predicted_output_tokens
+    request.num_images = row.num_images
+    request.image_tokens = row.image_tokens
+    request.prefix_tokens = row.prefix_tokens
+
+
+@nb.njit(cache=True)
 def submit(state: State, r: int) -> None:
     """Takes in request r, whose client's side is filled in: queues it, or rejects what could never fit."""
     scheduler, request = state.scheduler[0], state.requests[r]

@@ -21,7 +21,7 @@ from flexirl.runtime.books import (
 from flexirl.runtime.borrow import borrow
 from flexirl.runtime.kv_cache import allocate, blocks_for
 from flexirl.runtime.queues import NONE, head
-from flexirl.runtime.scheduler import apply, commit, plan, settle, submit
+from flexirl.runtime.scheduler import apply, commit, fill_in, plan, settle, submit
 from flexirl.runtime.state import CLASSES, FAIR, FUTURE, State
 from flexirl.runtime.step_time import step_time
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
@@ -145,22 +145,9 @@ def arrive(state: State, trace: np.ndarray, by_s: float) -> None:
     first = scheduler.trace_next
     while scheduler.trace_next < scheduler.trace_length:
         r = scheduler.trace_next
-        row, request = trace[r], state.requests[r]
-        if row.arrival_s > by_s:
+        if trace[r].arrival_s > by_s:
             break
-        request.arrival_s = row.arrival_s
-        request.ttft_deadline_s = row.arrival_s + row.ttft_slo_s
-        request.tpot_slo_s = row.tpot_slo_s
-        request.deadline_s = row.arrival_s + row.window_s
-        request.request_class = row.request_class
-        request.tenant = row.tenant
-        request.prompt_tokens = row.prompt_tokens
-        request.output_tokens = row.output_tokens
-        request.max_tokens = row.max_tokens
-        request.predicted_output_tokens = row.predicted_output_tokens
-        request.num_images = row.num_images
-        request.image_tokens = row.image_tokens
-        request.prefix_tokens = row.prefix_tokens
+        fill_in(state.requests[r], trace[r])
         scheduler.trace_next += 1
         submit(state, r)
     if scheduler.trace_next > first:

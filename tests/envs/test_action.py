@@ -14,7 +14,7 @@ from flexirl.envs.observation import VISIBLE, VISIBLE_PER_QUEUE
 from flexirl.runtime import simulation
 from flexirl.runtime.invariants import check_invariants
 from flexirl.runtime.policy import View
-from flexirl.runtime.state import CHEAPER, CLASSES, DEADLINE, NEWEST, RUNNING, SHORTEST, default_decision
+from flexirl.runtime.state import CHEAPER, CLASSES, DEADLINE, NEWEST, RUNNING, default_decision
 from flexirl.workloads.trace import DEFERRED
 
 # Where each dial shows in a decision; the rest of a decision no dial changes.

@@ -12,6 +12,7 @@ from stable_baselines3.common.env_checker import check_env as sb3_check
 import flexirl  # noqa: F401 - registers the environment
 from flexirl.envs.action import NUM_DIALS
 from flexirl.envs.batching import BatchingEnv
+from flexirl.envs.fleet import Fleet
 
 KINDS = ("dials", "grid", "scores")
 SHORT = ["workload.duration_s=5", "workload.warmup_s=0"]
@@ -28,7 +29,7 @@ def test_passes_both_checkers_without_warnings(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_episodes_stay_within_the_spaces(kind: str) -> None:
-    env = BatchingEnv(small_task(action=kind))
+    env = BatchingEnv(Fleet(small_task(action=kind), 1))
     env.action_space.seed(1)
     for episode in range(3):
         observation, info = env.reset(seed=episode)
@@ -47,7 +48,7 @@ def test_random_episodes_stay_within_the_spaces(kind: str) -> None:
 
 
 def test_an_episode_follows_from_its_seed() -> None:
-    env, other = BatchingEnv(small_task()), BatchingEnv(small_task())
+    env, other = BatchingEnv(Fleet(small_task(), 1)), BatchingEnv(Fleet(small_task(), 1))
     env.reset(seed=7)
     assert (env.reset(seed=4)[0] == other.reset(seed=4)[0]).all()
     env.action_space.seed(0)
@@ -63,7 +64,7 @@ def test_an_episode_follows_from_its_seed() -> None:
 
 
 def test_an_observation_is_the_callers_to_keep() -> None:
-    env = BatchingEnv(small_task())
+    env = BatchingEnv(Fleet(small_task(), 1))
     first, _ = env.reset(seed=0)
     kept = first.copy()
     env.step(np.zeros(NUM_DIALS, np.float32))
@@ -71,7 +72,7 @@ def test_an_observation_is_the_callers_to_keep() -> None:
 
 
 def test_step_noise_differs_between_episodes() -> None:
-    env = BatchingEnv(small_task(engine=small_engine(noise=0.05)))
+    env = BatchingEnv(Fleet(small_task(engine=small_engine(noise=0.05)), 1))
     seeds = []
     for seed in (1, 2):
         env.reset(seed=seed)
@@ -94,7 +95,7 @@ def test_renders_a_picture() -> None:
 
 
 def test_shows_a_window_where_there_is_none_to_show_it_on() -> None:
-    env = BatchingEnv(small_task(), render_mode="human")
+    env = BatchingEnv(Fleet(small_task(), 1), render_mode="human")
     env.reset(seed=0)
     env.step(np.zeros(NUM_DIALS, np.float32))
     assert env.render() is None

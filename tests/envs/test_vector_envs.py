@@ -15,6 +15,7 @@ from stable_baselines3.common.monitor import Monitor
 
 from flexirl.envs.action import NUM_DIALS, PREEMPTS
 from flexirl.envs.batching import BatchingEnv
+from flexirl.envs.fleet import Fleet
 from flexirl.envs.vector import BatchingVecEnv, BatchingVectorEnv
 from flexirl.workloads.trace import DEFERRED
 
@@ -29,7 +30,7 @@ SAME: dict[str, Any] = {
 def test_members_equal_single_environments(kind: str) -> None:
     task = small_task(**SAME, action=kind)
     together = BatchingVectorEnv(task, 3)
-    alone = [BatchingEnv(task) for _ in range(3)]
+    alone = [BatchingEnv(Fleet(task, 1)) for _ in range(3)]
     observations, _ = together.reset(seed=0)
     assert (observations == np.stack([env.reset(seed=m)[0] for m, env in enumerate(alone)])).all()
     for action in random_actions(task, 3, STEPS - 1):
@@ -87,7 +88,7 @@ def test_seeds_of_the_vector_environment() -> None:
 
 def test_sb3_environment_truncates_in_the_same_step_and_says_so() -> None:
     task = small_task()
-    env = BatchingVecEnv(task, 4, group_size=2, seed=5)
+    env = BatchingVecEnv(Fleet(task, 4, group_size=2), 5)
     reference = BatchingVectorEnv(task, 4, group_size=2)
     started = env.reset()
     reference.fleet.reset(5, stagger=True)
@@ -125,7 +126,7 @@ def test_sb3_environment_truncates_in_the_same_step_and_says_so() -> None:
 
 
 def test_ppo_learns_on_it() -> None:
-    env = BatchingVecEnv(small_task(), 4, seed=1)
+    env = BatchingVecEnv(Fleet(small_task(), 4), 1)
     agent = PPO("MlpPolicy", env, n_steps=32, batch_size=64, n_epochs=1, seed=0, device="cpu")
     before = [parameter.detach().clone() for parameter in agent.policy.parameters()]
     agent.learn(256)
@@ -134,7 +135,7 @@ def test_ppo_learns_on_it() -> None:
 
 
 def test_masks_reach_maskable_ppo() -> None:
-    env = BatchingVecEnv(small_task(action="grid"), 4)
+    env = BatchingVecEnv(Fleet(small_task(action="grid"), 4))
     env.reset()
     assert is_masking_supported(env)
     masks = get_action_masks(env)

@@ -16,7 +16,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from flexirl.configured import CONF, load_task
 from flexirl.envs.action import NUM_DIALS
-from flexirl.envs.fleet import Task
+from flexirl.envs.fleet import Fleet, Task
 from flexirl.envs.vector import BatchingVecEnv
 from flexirl.errors import UserError
 from flexirl.policies.agents import ALGORITHMS, LinearDecay, Normaliser, make_agent, start_at
@@ -44,7 +44,7 @@ def setting(agent: str, kind: str) -> tuple[dict[str, Any], Task]:
 
 def make(agent: str, folder: Path, kind: str | None = None, seed: int = 3, **changes: Any) -> BaseAlgorithm:
     config, task = setting(agent, kind or KIND[agent])
-    env = BatchingVecEnv(task, MEMBERS, GROUP, traces=4, seed=seed)
+    env = BatchingVecEnv(Fleet(task, MEMBERS, GROUP, traces=4), seed)
     return make_agent({**config, **changes}, env, GROUP, seed, folder)
 
 

@@ -22,7 +22,8 @@ SEED = 77
 
 def watch(name: str, folder: Path, steps: int = 512, every: int = 256) -> tuple[BaseAlgorithm, Training]:
     agent = make(name, folder)
-    watching = Training(setting(name, KIND[name])[1], folder, steps, every, 3, SEED, progress=False)
+    fleet = Fleet(setting(name, KIND[name])[1], 3, 1, 3)
+    watching = Training(fleet, folder, steps, every, SEED, progress=False)
     agent.learn(steps, callback=watching, log_interval=1)
     return agent, watching
 
@@ -33,11 +34,11 @@ def test_history_checkpoints_and_events(name: str, tmp_path: Path) -> None:
     assert [row["steps"] for row in watching.history] == [MEMBERS, 256, 512, 512]  # and after the last update
     assert json.loads((tmp_path / "history.json").read_text()) == watching.history
     assert all(set(row) == {"steps", "reward", *FIGURES} for row in watching.history)
-    assert watching.best == max(row["revenue_per_s"] for row in watching.history)
+    best_row = max(watching.history, key=lambda row: row["revenue_share"])
+    assert watching.best == best_row
 
     # The files are what they are said to be: validated again, they earn the same.
     fleet = Fleet(setting(name, KIND[name])[1], 3)
-    best_row = max(watching.history, key=lambda row: row["revenue_per_s"])
     for file, row in (("best", best_row), ("policy", watching.history[-1])):
         loaded = ALGORITHMS[name].load(tmp_path / f"{file}.zip", device="cpu")
         assert validate(loaded, fleet, SEED) == {key: value for key, value in row.items() if key != "steps"}
@@ -55,7 +56,7 @@ def test_history_checkpoints_and_events(name: str, tmp_path: Path) -> None:
         assert {f"{group}/{figure}" for figure in ("reward", *FIGURES)} <= tags["scalars"]
     assert any(tag.startswith("train/") and "loss" in tag for tag in tags["scalars"])
     assert last["validation/revenue_per_s"][-1] == pytest.approx(watching.history[-1]["revenue_per_s"])
-    assert last["validation/best_revenue_per_s"] == pytest.approx([watching.best])
+    assert last["validation/best_revenue_per_s"] == pytest.approx([best_row["revenue_per_s"]])
     names = [dial.name for dial in DIALS] if KIND[name] == "dials" else ["0"]
     assert tags["histograms"] == {f"action/{number}" for number in names}
 
@@ -63,11 +64,11 @@ def test_history_checkpoints_and_events(name: str, tmp_path: Path) -> None:
 def test_the_best_checkpoint_is_that_of_the_best_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     revenues = iter([3.0, 1.0, 5.0, 4.0, 5.0, 2.0])
     monkeypatch.setattr(
-        training, "validate", lambda *_: {**dict.fromkeys(FIGURES, 0.5), "reward": 0.0, "revenue_per_s": next(revenues)}
+        training, "validate", lambda *_: {**dict.fromkeys(FIGURES, 0.5), "reward": 0.0, "revenue_share": next(revenues)}
     )
     _, watching = watch("ppo", tmp_path, steps=512, every=128)
     assert [row["steps"] for row in watching.history] == [8, 128, 256, 384, 512, 512]
-    assert watching.best == 5.0
+    assert watching.best["revenue_share"] == 5.0 and watching.best["steps"] == 256
     assert ALGORITHMS["ppo"].load(tmp_path / "best.zip", device="cpu").num_timesteps == 256  # the earlier of two
     assert ALGORITHMS["ppo"].load(tmp_path / "policy.zip", device="cpu").num_timesteps == 512
 

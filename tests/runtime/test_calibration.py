@@ -12,8 +12,7 @@ from flexirl.errors import UserError
 from flexirl.policies.registry import make_policy
 from flexirl.runtime.calibration import calibrate, draw_shapes, make_batch
 from flexirl.runtime.engine import EngineProfile, load_profile, make_profile
-from flexirl.runtime.executor import Batch, Outcome
-from flexirl.runtime.host_cache import Moves
+from flexirl.runtime.executor import Batch, Moves, Outcome
 
 ABOUT = {"machine": "a device of known times", "date": "2026-01-01"}
 

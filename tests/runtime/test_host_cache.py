@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexirl.runtime.host_cache import HostCache, Moves
+from flexirl.runtime.executor import Moves
+from flexirl.runtime.host_cache import HostCache
 
 
 def cache_of(blocks: int, device: str = "cpu") -> Tensor:

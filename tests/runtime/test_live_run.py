@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from live_toys import ToyExecutor
@@ -49,6 +52,12 @@ def test_what_still_runs_at_the_end_leaves_nothing_behind() -> None:
     assert not np.isin(short.state.requests["status"], (CANCELLED,)).any(), "the accounts are taken before"
     again = run(executor, TRACE, 60.0)
     assert (again.state.requests["status"] == FINISHED).all()
+
+
+def test_the_engine_is_imported_without_the_models_library() -> None:
+    """It takes seconds to import, and nobody who only mistyped an option has to wait for it."""
+    code = "import flexirl.generate, flexirl.runtime.live, sys; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_requests_that_cannot_fit_are_refused_before_the_run() -> None:

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from flexirl.errors import UserError
 from flexirl.runtime.engine import load_profile
-from flexirl.runtime.executor import ModelExecutor, fit_profile
 from flexirl.runtime.models import loading
+from flexirl.runtime.models.executor import ModelExecutor, fit_profile
 from flexirl.runtime.models.loading import Geometry, load_model
 from flexirl.runtime.models.tiny import SHAPES, build
 

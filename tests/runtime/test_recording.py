@@ -31,7 +31,6 @@ def test_a_recorded_run_tells_what_happened(tmp_path: Path) -> None:
         engine = LiveEngine(
             executor, make_policy("qoserve"), SLO(10.0, 1.0), clock=TickClock(), on_step=record, on_end=ended.append
         )
-        recording.view = engine.view
         for i in range(6):
             engine.add_request(Request(f"r{i}", [i, 1, 2, 3], 5, DEFERRED if i % 2 else IMMEDIATE))
         engine.drain()

@@ -10,8 +10,9 @@ import torch
 from live_toys import Constant, LiveRun, RandomPolicy
 from toys import toy_engine
 
-from flexirl.runtime.executor import Batch, ModelExecutor, Outcome
+from flexirl.runtime.executor import Batch, Outcome
 from flexirl.runtime.host_cache import HostCache
+from flexirl.runtime.models.executor import ModelExecutor
 from flexirl.runtime.models.loading import LoadedModel, load_model
 from flexirl.runtime.models.tiny import SHAPES, build
 from flexirl.runtime.requests import Request

@@ -43,9 +43,8 @@ def tune(policy: Policy, episodes: Episodes, slo: SLO, seed: int) -> Policy:
     if isinstance(policy, HyGen) and policy.latency_budget_s is None:
         return replace(policy, latency_budget_s=search_budget(policy, episodes, slo))
     if isinstance(policy, FixedDials) and policy.tune:
-        return replace(
-            policy, dials=tuple(search_dials(policy.positions, episodes.revenues, seed).tolist()), tune=False
-        )
+        dials = search_dials(policy.positions, episodes.revenues, seed)
+        return replace(policy, dials=tuple(dials.tolist()), tune=False)
     return policy
 
 

@@ -13,13 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from flexirl.runtime.executor import Interrupted
 from flexirl.runtime.kernels import AttentionBatch, paged_attention, write_kv
 
 NAME = "flexirl_paged"
-
-
-class Interrupted(Exception):
-    """The iteration was broken off between two layers; nothing of it counts."""
 
 
 class Unsupported(Exception):

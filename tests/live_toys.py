@@ -13,8 +13,8 @@ from toys import decision_with
 
 from flexirl.runtime.block_table import BlockTable, check_blocks, reconcile
 from flexirl.runtime.engine import EngineProfile
-from flexirl.runtime.executor import Batch, Interrupted, Outcome, OutOfMemory
-from flexirl.runtime.host_cache import HostCache, Moves
+from flexirl.runtime.executor import Batch, Interrupted, Moves, Outcome, OutOfMemory
+from flexirl.runtime.host_cache import HostCache
 from flexirl.runtime.invariants import check_invariants
 from flexirl.runtime.live import LiveEngine
 from flexirl.runtime.policy import View

@@ -65,7 +65,8 @@ def account(state: State, before: Snapshot, since_s: float, prices: Prices) -> d
     deferred_tokens = sum(int(deferred_now[name] - deferred_before[name]) for name in ("prompt_done", "output_done"))
 
     tokens = {
-        name: int((state.classes[f"{name}_done"] - before.classes[f"{name}_done"]).sum()) for name in ("prompt", "output")
+        name: int((state.classes[f"{name}_done"] - before.classes[f"{name}_done"]).sum())
+        for name in ("prompt", "output")
     }
 
     def total(name: str) -> float:

@@ -313,9 +313,9 @@ class Backlog:
 class Batches:
     """Deferred requests in files: batch_size requests of one tenant at once, due window_s * time_scale later.
 
-    Files arrive at times_s, or in a Poisson process of mean gap interval_s, or in one whose mean gap makes their service
-    seconds arrive at `load` per second. The window of today's batch APIs is 24 h; time_scale shrinks it for a short
-    scenario. Where there are several windows, each file has one of them, all equally likely.
+    Files arrive at times_s, or in a Poisson process of mean gap interval_s, or in one whose mean gap makes their
+    service seconds arrive at `load` per second. The window of today's batch APIs is 24 h; time_scale shrinks it for a
+    short scenario. Where there are several windows, each file has one of them, all equally likely.
     """
 
     lengths: LengthModel

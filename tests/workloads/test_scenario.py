@@ -19,7 +19,7 @@ from flexirl.workloads.trace import DEFERRED, IMMEDIATE, check
 
 SYNTHETIC = (
     "default", "low_bursty", "medium_bursty", "high_bursty", "poisson", "on_off", "overload", "tenants", "vlm",
-    "deadlines", "mixed_windows", "tiers",
+    "deadlines", "mixed_windows",
 )  # fmt: skip
 CONF = Path(__file__).parents[2] / "flexirl" / "conf"
 DEFAULT_SLO = SLO(1.0, 0.1)
@@ -174,8 +174,9 @@ def test_files_of_a_load_have_one_of_several_windows():
 
 
 def test_tiers_tenants_and_predictor():
+    strict, lenient = {"ttft_s": 0.5, "tpot_s": 0.05}, {"ttft_s": 5, "tpot_s": 0.5, "window_s": 9}
     config = plain(
-        slo_tiers=[{"share": 3, "ttft_s": 0.5, "tpot_s": 0.05}, {"share": 1, "ttft_s": 5, "tpot_s": 0.5, "window_s": 9}],
+        slo_tiers=[{"share": 3, **strict}, {"share": 1, **lenient}],
         predictor={"enabled": True, "error": 0.3}, duration_s=2000.0,
     )  # fmt: skip
     config["immediate"]["tenants"] = {"count": 2, "skew": 1.0}

@@ -25,12 +25,13 @@ class Scores:
     """Policies by scenario and seed, as one array.
 
     values: float64 (policies, scenarios, seeds), NaN where a scenario has fewer seeds; policies: names, best first;
-    scenarios: (suite, scenario).
+    scenarios: (suite, scenario); meaning: what the values are, in words.
     """
 
     values: np.ndarray
     policies: list[str]
     scenarios: list[tuple[str, str]]
+    meaning: str
 
     @cached_property
     def by_suite(self) -> np.ndarray:
@@ -72,7 +73,7 @@ class Scores:
         return np.percentile(means, [rest, 100.0 - rest], axis=0).T
 
 
-def scores(rows: Sequence[Row], figure: Callable[[Row], float | None]) -> Scores:
+def scores(rows: Sequence[Row], figure: Callable[[Row], float | None], meaning: str) -> Scores:
     """`figure` of every row, in the order of the policies' means; scenarios where a policy has none are left out."""
     found: dict[tuple[str, str], dict[str, list[float | None]]] = {}
     for row in rows:
@@ -85,11 +86,11 @@ def scores(rows: Sequence[Row], figure: Callable[[Row], float | None]) -> Scores
     for s, of in enumerate(whole.values()):
         for p, name in enumerate(names):
             values[p, s, : len(of[name])] = of[name]
-    unordered = Scores(values, names, list(whole))
+    unordered = Scores(values, names, list(whole), meaning)
     if not whole:
         return unordered
     order = np.argsort(-unordered.mean(), kind="stable")
-    return Scores(values[order], [names[i] for i in order], list(whole))
+    return Scores(values[order], [names[i] for i in order], list(whole), meaning)
 
 
 def revenue_scores(rows: Sequence[Row]) -> Scores:
@@ -99,12 +100,16 @@ def revenue_scores(rows: Sequence[Row]) -> Scores:
     """
     judged = without_anchors(rows)
     if all(row["share_of_upper_bound"] is not None for row in judged):
-        return scores(judged, lambda row: row["share_of_upper_bound"])
+        return scores(judged, lambda row: row["share_of_upper_bound"], "revenue, share of the upper bound")
     best: dict[tuple[str, str, int], float] = {}
     for row in judged:
         episode = (row["suite"], row["scenario"], row["seed"])
         best[episode] = max(best.get(episode, 0.0), row["revenue_per_s"])
-    return scores(judged, lambda row: row["revenue_per_s"] / (best[row["suite"], row["scenario"], row["seed"]] or 1.0))
+
+    def share(row: Row) -> float:
+        return row["revenue_per_s"] / (best[row["suite"], row["scenario"], row["seed"]] or 1.0)
+
+    return scores(judged, share, "revenue, share of the best policy's")
 
 
 def without_anchors(rows: Iterable[Row]) -> list[Row]:

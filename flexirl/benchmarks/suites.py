@@ -71,12 +71,11 @@ def suite_names() -> list[str]:
 def suite_settings(suite: Any) -> dict[str, Any]:
     """A suite's entries as plain data, with defaults; raises UserError for one that is no entry."""
     defaults = {"name": "", "include": [], "seeds": 1, "folder": None, "files": None, "grids": []}
-    settings = OmegaConf.to_container(suite, resolve=True)
-    assert isinstance(settings, dict)
+    settings: Any = OmegaConf.to_container(suite, resolve=True)
     for entry in settings:
         if entry not in defaults:
             raise UserError(f"suite.{entry} is no entry of a suite; choose from {', '.join(defaults)}.")
-    return defaults | settings  # type: ignore[operator]
+    return defaults | settings
 
 
 def _own_cells(suite: dict[str, Any], seeds: int | None) -> list[Cell]:

@@ -36,7 +36,7 @@ from flexirl.runtime.engine import EngineProfile
 from flexirl.runtime.step_time import BATCH, step_time
 from flexirl.workloads.trace import IMMEDIATE, Trace
 
-BINS = 100
+BINS = 50
 PIECES = 8  # a window of many bins is rounded outwards to multiples of this part of it, so that many share one
 NOISE_DEVIATIONS = 3.0  # the surrogate cuts noise there: no iteration is faster
 SLACK = 1e-6  # relative: what the solver's tolerances may cost

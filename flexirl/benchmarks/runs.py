@@ -33,16 +33,8 @@ UPPER_BOUND = "upper_bound"  # in the place of a policy: the most that any could
 TIMELINE_ROWS, SERIES_BINS = 300, 30
 PACKAGE = Path(flexirl.__file__).parent
 # What a run's figures follow from, beside its configuration.
-SOURCES = (
-    "envs",
-    "policies",
-    "runtime",
-    "workloads",
-    "benchmarks/bound.py",
-    "benchmarks/runs.py",
-    "evaluation.py",
-    "configured.py",
-)
+SOURCES = ("envs", "policies", "runtime", "workloads", "benchmarks/runs.py", "evaluation.py", "configured.py")
+BOUND_SOURCES = ("runtime", "workloads", "benchmarks/bound.py", "benchmarks/runs.py", "configured.py")
 
 Result = dict[str, Any]
 
@@ -72,7 +64,7 @@ class Job:
             "policy": _policy_identity(self.policy),
             "seeds": [self.seed, self.cell.seeds],
             "version": flexirl.__version__,
-            "sources": sources_digest(),
+            "sources": _sources_digest(BOUND_SOURCES if self.policy == UPPER_BOUND else SOURCES),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -105,10 +97,10 @@ def _digest(path: str) -> str:
 
 
 @lru_cache
-def sources_digest() -> str:
+def _sources_digest(names: tuple[str, ...]) -> str:
     """A hash of the code and data that runs follow from, so that a changed rule is not read from the cache."""
     found: list[Path] = []
-    for name in SOURCES:
+    for name in names:
         path = PACKAGE / name
         found += [path] if path.is_file() else [p for p in path.rglob("*") if p.suffix in (".py", ".json", ".onnx")]
     digest = hashlib.sha256()

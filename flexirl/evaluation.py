@@ -75,7 +75,7 @@ def compare(
     """
     names = list(dict.fromkeys([*names, *ANCHORS]))
     policies = [make_policy(name) for name in names]
-    traces = [task.draw(COMPARISON_SEED + base_seed * 1000 + i) for i in range(seeds)]
+    traces = episodes(task, seeds, base_seed)
     rows: list[Row] = []
     first_runs: dict[str, Run] = {}
     with tqdm(total=len(policies) * seeds, unit=" runs", desc="comparing", leave=False) as progress:
@@ -84,17 +84,25 @@ def compare(
             ready = tune(policy, TuningEpisodes(tuning_task or task, base_seed), task.slo, base_seed)
             for i, trace in enumerate(traces):
                 run = run_policy(ready, task, trace, i, runner)
-                rows.append(
-                    {
-                        "policy": policy.name, "workload": task.scenario.name, "engine": task.engine.name,
-                        "load": load_of(task, trace), "seed": i, **run.figures,
-                    }
-                )  # fmt: skip
+                rows.append(row_of(policy, task, trace, i, run))
                 if i == 0:
                     first_runs[policy.name] = run
                 progress.update()
-    _relate_to_anchors(rows)
+    relate_to_anchors(rows)
     return Comparison(rows, first_runs)
+
+
+def episodes(task: Task, seeds: int, base_seed: int) -> list[Trace]:
+    """The arrivals on which policies are compared, one trace per seed."""
+    return [task.draw(COMPARISON_SEED + base_seed * 1000 + i) for i in range(seeds)]
+
+
+def row_of(policy: Policy, task: Task, trace: Trace, seed: int, run: Run) -> Row:
+    """A leaderboard row, still without what relates it to the anchors."""
+    return {
+        "policy": policy.name, "workload": task.scenario.name, "engine": task.engine.name,
+        "load": load_of(task, trace), "seed": seed, **run.figures,
+    }  # fmt: skip
 
 
 def run_policy(policy: Policy, task: Task, trace: Trace, seed: int, runner: Runner = on_surrogate) -> Run:
@@ -143,7 +151,8 @@ def worth_of_dials(tasks: Sequence[Task], settings: np.ndarray, episodes: int, s
     return np.reshape(shares, (episodes, len(settings))).mean(axis=0)
 
 
-def _relate_to_anchors(rows: list[Row]) -> None:
+def relate_to_anchors(rows: list[Row]) -> None:
+    """Adds to the rows of one comparison, anchors among them, how they stand to the anchor of the same seed."""
     anchors = {(row["policy"], row["seed"]): row for row in rows if row["policy"] in ANCHORS}
     for row in rows:
         immediate, deferred = (anchors[name, row["seed"]] for name in ANCHORS)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 IMMEDIATE_COLOUR, DEFERRED_COLOUR, NEUTRAL = "#2a6f97", "#e07a3f", "#8a8a8a"
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of that size in inches."""
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -29,7 +30,7 @@ def _figure(width: float, height: float) -> Figure:
 
 def timeline_figure(timeline: np.ndarray, title: str) -> Figure:
     """Queues, KV cache and batch composition over simulated time, from an array of `simulation.TIMELINE`."""
-    figure = _figure(9, 6)
+    figure = new_figure(9, 6)
     queues, cache, batch = figure.subplots(3, 1, sharex=True)
     now = timeline["now_s"]
     queues.plot(now, timeline["immediate_waiting"], color=IMMEDIATE_COLOUR, label="immediate")
@@ -60,7 +61,7 @@ def plot_timeline(timeline: np.ndarray, title: str, path: Path) -> None:
 
 def plot_history(history: Sequence[Mapping[str, float]], path: Path) -> None:
     """Validation figures over training steps; `history` as of `policies.training.Training`."""
-    figure = _figure(9, 3.2)
+    figure = new_figure(9, 3.2)
     steps = [row["steps"] for row in history]
     panels = (
         ("reward", "reward per episode"),
@@ -77,7 +78,7 @@ def plot_history(history: Sequence[Mapping[str, float]], path: Path) -> None:
 def plot_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Revenue per policy, and attainment against deferred throughput; `rows` as of leaderboard.json."""
     policies = sorted({row["policy"] for row in rows}, key=lambda name: np.mean(_values(rows, name, "revenue_per_s")))
-    figure = _figure(11, 0.3 * len(policies) + 1.5)
+    figure = new_figure(11, 0.3 * len(policies) + 1.5)
     bars, frontier = figure.subplots(1, 2, width_ratios=[3, 2])
     means = [np.mean(_values(rows, name, "revenue_per_s")) for name in policies]
     spread = [np.std(_values(rows, name, "revenue_per_s")) for name in policies]
@@ -92,11 +93,11 @@ def plot_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for name, (x, y) in points.items():
         frontier.scatter(x, y, color=colours[policies.index(name)], s=18)
     frontier.set(xlabel="deferred tokens per s", ylabel="immediate attainment", ylim=(-0.05, 1.1))
-    _label(frontier, points)
+    label_points(frontier, points)
     figure.savefig(path)
 
 
-def _label(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+def label_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
     """Names points in a column beside the axes, in their order from top to bottom, so that no name covers another."""
     ranked = sorted(points, key=lambda name: -points[name][1])
     for name, height in zip(ranked, np.linspace(1.0, 0.0, max(len(ranked), 2)), strict=False):
@@ -115,7 +116,7 @@ def plot_calibration(
     folder: Path,
 ) -> None:  # fmt: skip
     """calibration.png: predicted against measured iterations, those fitted and those of the engine's own run."""
-    figure = _figure(9, 4.2)
+    figure = new_figure(9, 4.2)
     coefficients = np.array([profile.values[name] for name in COEFFICIENTS])
     panels = (
         ("drawn iterations", times_s, design_matrix(features) @ coefficients, features),
@@ -139,7 +140,7 @@ def plot_fidelity(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Differences between surrogate and live engine, a row of dots per figure; `rows` of `fidelity.side_by_side`."""
     figures = list(dict.fromkeys(row["figure"] for row in rows))[::-1]
     policies = list(dict.fromkeys(row["policy"] for row in rows))
-    figure = _figure(9, 0.32 * len(figures) + 1.4)
+    figure = new_figure(9, 0.32 * len(figures) + 1.4)
     axes = figure.subplots()
     for i, policy in enumerate(policies):
         mine = [row for row in rows if row["policy"] == policy and row["difference"] is not None]

@@ -19,7 +19,8 @@ SMALL = (*EPISODE, "env.members=8", "env.group_size=4", "env.traces=4", "total_s
          "agent.hyperparameters.batch_size=512", "compare.seeds=1", "progress=false")  # fmt: skip
 LEADERBOARD = {
     "policy", "workload", "engine", "load", "seed", "revenue_per_s", "immediate_attainment",
-    "immediate_goodput_tokens_per_s", "deferred_tokens_per_s", "deferred_on_time",
+    "immediate_goodput_tokens_per_s", "prompt_tokens_per_s", "output_tokens_per_s",
+    "deferred_tokens_per_s", "deferred_on_time",
     *(f"{name}_{figure}_s" for name in ("ttft", "tpot") for figure in ("mean", "p50", "p90", "p95", "p99")),
     "itl_p99_s", "e2e_p99_s", "preemptions", "recomputed_tokens", "swapped_tokens", "kv_utilisation",
     "step_time_mean_s", "iterations", "jain_fairness", "simulated_s", "wall_s", "deferred_share_of_deferred_only",

@@ -64,6 +64,11 @@ def account(state: State, before: Snapshot, since_s: float, prices: Prices) -> d
     deferred_now, deferred_before = state.classes[DEFERRED], before.classes[DEFERRED]
     deferred_tokens = sum(int(deferred_now[name] - deferred_before[name]) for name in ("prompt_done", "output_done"))
 
+    tokens = {
+        name: int((state.classes[f"{name}_done"] - before.classes[f"{name}_done"]).sum())
+        for name in ("prompt", "output")
+    }
+
     def total(name: str) -> float:
         return (state.scheduler[name] - before.scheduler[name])[0].item()
 
@@ -73,6 +78,8 @@ def account(state: State, before: Snapshot, since_s: float, prices: Prices) -> d
         "revenue_per_s": float(prices.of(paid).sum()) / span_s,
         "immediate_attainment": _share_kept(immediate, end_s),
         "immediate_goodput_tokens_per_s": float(goodput_tokens.sum()) / span_s,
+        "prompt_tokens_per_s": tokens["prompt"] / span_s,
+        "output_tokens_per_s": tokens["output"] / span_s,
         "deferred_tokens_per_s": deferred_tokens / span_s,
         "deferred_on_time": _share_kept(windowed, end_s),
     }

@@ -146,6 +146,31 @@ class OnOff:
         return _inside(edges[phase] + (units - expected[phase]) / rates[phase], duration_s)
 
 
+@dataclass(frozen=True)
+class DayNight:
+    """Poisson arrivals whose rate follows a sine wave, as between day and night.
+
+    The rate is rate_per_s * (1 - depth * cos(2 pi t / period_s)): it starts at night. Mean count rate * duration over
+    whole periods.
+
+    period_s: length of a day in seconds; depth: 0 is even, 1 is silence at night and twice the mean rate at noon.
+    """
+
+    period_s: float = 600.0
+    depth: float = 0.8
+
+    def __post_init__(self) -> None:
+        _require(self.period_s > 0, "period_s", self.period_s, "a day has a positive length")
+        _require(0 <= self.depth <= 1, "depth", self.depth, "the depth is 0 to 1")
+
+    def draw(self, rate_per_s: float, duration_s: float, rng: np.random.Generator) -> Times:
+        """See `ArrivalProcess.draw`."""
+        # Thinning (Lewis and Shedler, 1979): arrivals at the highest rate, each kept with the chance of its moment.
+        times = Poisson().draw(rate_per_s * (1 + self.depth), duration_s, rng)
+        chance = (1 - self.depth * np.cos(2 * np.pi * times / self.period_s)) / (1 + self.depth)
+        return times[rng.random(len(times)) < chance]
+
+
 def _renewal(gaps: Callable[[int], Times], first: float, rate_per_s: float, duration_s: float) -> Times:
     """Times of a renewal process with unit-mean `gaps(n)`, `first` being the time to the first arrival."""
     end = rate_per_s * duration_s  # in mean gaps

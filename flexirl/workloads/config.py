@@ -129,7 +129,7 @@ def _recorded(place: str, node: Any) -> scenario.Recorded:
 
 def _tiers(place: str, node: Any) -> tuple[scenario.Tier, ...]:
     if not isinstance(node, list | tuple):
-        raise UserError(f"{place}={node!r} should be a list of share, ttft_s, tpot_s.")
+        raise UserError(f"{place}={node!r} should be a list of share, ttft_s, tpot_s, window_s.")
     return tuple(_object(scenario.Tier, f"{place}[{i}]", tier, {}) for i, tier in enumerate(node))
 
 
@@ -139,6 +139,7 @@ ARRIVALS: dict[str, Builder] = {
     "gamma": _class(arrivals.Gamma),
     "weibull": _class(arrivals.Weibull),
     "on_off": _class(arrivals.OnOff),
+    "day_night": _class(arrivals.DayNight),
     "outer_inner": _class(arrivals.OuterInner, _SPREADS),
 }
 

@@ -26,7 +26,7 @@ ServiceTime = Callable[[np.ndarray], NDArray[np.float64]]
 # Append only: a stream's place decides its seed.
 RANDOM_STREAMS = (
     "arrivals", "lengths", "tenants", "tiers", "predictor",
-    "deferred_arrivals", "deferred_lengths", "deferred_tenants", "deferred_predictor",
+    "deferred_arrivals", "deferred_lengths", "deferred_tenants", "deferred_predictor", "deferred_windows",
 )  # fmt: skip
 
 MEAN_SAMPLE = 20_000  # requests drawn to estimate a length model's mean service time
@@ -51,14 +51,19 @@ class SLO:
 
 @dataclass(frozen=True)
 class Tier:
-    """A promise that a share of the immediate requests has; shares are relative."""
+    """A promise that a share of the immediate requests has; shares are relative.
+
+    window_s: promised seconds from arrival to the last token; inf where none.
+    """
 
     share: float
     ttft_s: float
     tpot_s: float
+    window_s: float = math.inf
 
     def __post_init__(self) -> None:
         _require(self.share > 0, "slo_tiers.share", self.share, "a tier's share is positive")
+        _require(self.window_s > 0, "slo_tiers.window_s", self.window_s, "a completion window is positive")
         SLO(self.ttft_s, self.tpot_s)
 
 
@@ -308,23 +313,26 @@ class Backlog:
 class Batches:
     """Deferred requests in files: batch_size requests of one tenant at once, due window_s * time_scale later.
 
-    Files arrive at times_s, or, where that is None, in a Poisson process of mean gap interval_s. The window of
-    today's batch APIs is 24 h; time_scale shrinks it for a short scenario.
+    Files arrive at times_s, or in a Poisson process of mean gap interval_s, or in one whose mean gap makes their
+    service seconds arrive at `load` per second. The window of today's batch APIs is 24 h; time_scale shrinks it for a
+    short scenario. Where there are several windows, each file has one of them, all equally likely.
     """
 
     lengths: LengthModel
     batch_size: int
     interval_s: float | None = None
     times_s: tuple[float, ...] | None = None
-    window_s: float = 86400.0
+    load: float | None = None
+    window_s: tuple[float, ...] = (86400.0,)
     time_scale: float = 1.0
     tenants: Tenants = field(default_factory=Tenants)
+    _mean: _PerServiceTime = field(default_factory=_PerServiceTime, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, "deferred.batch_size", self.batch_size, "a file has at least 1 request")
         _require(
-            (self.interval_s is None) != (self.times_s is None), "deferred.interval_s", self.interval_s,
-            "give either interval_s or times_s, the other one null",
+            [self.interval_s, self.times_s, self.load].count(None) == 2, "deferred.interval_s", self.interval_s,
+            "give one of interval_s, times_s and load, the others null",
         )  # fmt: skip
         _require(
             self.interval_s is None or self.interval_s > 0, "deferred.interval_s", self.interval_s,
@@ -336,7 +344,11 @@ class Batches:
             self.times_s,
             "files arrive at 0 or later",
         )
-        _require(self.window_s > 0, "deferred.window_s", self.window_s, "a completion window is positive")
+        _require(self.load is None or self.load > 0, "deferred.load", self.load, "the load is positive")
+        _require(
+            len(self.window_s) > 0 and min(self.window_s) > 0, "deferred.window_s", self.window_s,
+            "a completion window is positive",
+        )  # fmt: skip
         _require(self.time_scale > 0, "deferred.time_scale", self.time_scale, "the scale is positive")
 
     @property
@@ -346,17 +358,26 @@ class Batches:
 
     def draw(self, duration_s: float, service_time_s: ServiceTime, rngs: Rngs) -> np.ndarray:
         """See `DeferredStream.draw`."""
-        if self.interval_s is not None:
-            times = Poisson().draw(1 / self.interval_s, duration_s, rngs["deferred_arrivals"])
-        else:
+        if self.times_s is not None:
             times = np.sort(np.asarray(self.times_s, dtype=np.float64))
             times = times[times < duration_s]
+        else:
+            times = Poisson().draw(1 / self._gap_s(service_time_s), duration_s, rngs["deferred_arrivals"])
         rows = empty_rows(len(times) * self.batch_size)
         rows["arrival_s"] = np.repeat(times, self.batch_size)
-        rows["window_s"] = self.window_s * self.time_scale
+        windows_s = rngs["deferred_windows"].choice(self.window_s, len(times)) * self.time_scale
+        rows["window_s"] = np.repeat(windows_s, self.batch_size)
         self.lengths.fill(rows, rngs["deferred_lengths"])
         rows["tenant"] = np.repeat(self.tenants.draw(len(times), rngs["deferred_tenants"]), self.batch_size)
         return rows
+
+    def _gap_s(self, service_time_s: ServiceTime) -> float:
+        """Mean seconds between files."""
+        if self.interval_s is not None:
+            return self.interval_s
+        assert self.load is not None
+        mean_s = self._mean.get(service_time_s, lambda: _mean_service_s(self.lengths, service_time_s))
+        return self.batch_size * mean_s / self.load
 
 
 @dataclass(frozen=True)
@@ -415,6 +436,7 @@ class Scenario:
         tier = tier.clip(max=len(tiers) - 1)
         immediate["ttft_slo_s"] = np.array([tier.ttft_s for tier in tiers])[tier]
         immediate["tpot_slo_s"] = np.array([tier.tpot_s for tier in tiers])[tier]
+        immediate["window_s"] = np.array([tier.window_s for tier in tiers])[tier]
         self.predictor.fill(immediate, rngs["predictor"])
 
         deferred = self.deferred.draw(self.length_s(service_time_s), service_time_s, rngs)

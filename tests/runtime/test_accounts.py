@@ -37,6 +37,8 @@ def test_every_figure_of_a_small_run() -> None:
         "revenue_per_s": ((8 + 4 * 3) + 0.5 * (4 + 4 * 2)) / span_s,
         "immediate_attainment": 0.5,
         "immediate_goodput_tokens_per_s": 11 / span_s,
+        "prompt_tokens_per_s": 12 / span_s,
+        "output_tokens_per_s": 5 / span_s,
         "deferred_tokens_per_s": 6 / span_s,
         "deferred_on_time": 1.0,
         "ttft_mean_s": waited.mean(),

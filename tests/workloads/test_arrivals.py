@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import special, stats
 
 from flexirl.errors import UserError
-from flexirl.workloads.arrivals import Gamma, OnOff, OuterInner, Poisson, Spread, Weibull
+from flexirl.workloads.arrivals import DayNight, Gamma, OnOff, OuterInner, Poisson, Spread, Weibull
 from flexirl.workloads.statistics import gap_cv, index_of_dispersion, peak_to_mean
 
 
@@ -24,6 +24,7 @@ PROCESSES = [
     Weibull(shape=0.6),
     OnOff(on_s=5, off_s=15),
     OnOff(on_s=5, off_s=5, off_level=0.3),
+    DayNight(period_s=100.0),
     *(
         OuterInner(Spread(outer, skew), Spread(inner, 0.4), granularity=30)  # type: ignore[arg-type]
         for outer, inner, skew in (
@@ -104,6 +105,14 @@ def test_on_off_rates_duty_cycle_and_dispersion():
     s1, s0 = 1 / 3.0, 1 / 9.0
     limit = 1 + 2 * s1 * s0 * (on - off) ** 2 / ((s1 + s0) ** 2 * (on * s0 + off * s1))
     assert index_of_dispersion(times, 100_000.0, 200.0) == pytest.approx(limit, rel=0.2)
+
+
+def test_day_and_night():
+    """The expected share of the arrivals in the first quarter of a day, which starts at night, and around noon."""
+    times = DayNight(period_s=40.0, depth=0.8).draw(5.0, 40_000.0, rng())
+    quarter = np.bincount((times % 40.0 // 10).astype(int), minlength=4) / len(times)
+    night, noon = 0.25 - 0.8 / (2 * np.pi), 0.25 + 0.8 / (2 * np.pi)
+    assert quarter == pytest.approx([night, noon, noon, night], abs=0.005)
 
 
 def test_silence_while_off():

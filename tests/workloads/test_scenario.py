@@ -19,7 +19,7 @@ from flexirl.workloads.trace import DEFERRED, IMMEDIATE, check
 
 SYNTHETIC = (
     "default", "low_bursty", "medium_bursty", "high_bursty", "poisson", "on_off", "overload", "tenants", "vlm",
-    "deadlines",
+    "deadlines", "mixed_windows",
 )  # fmt: skip
 CONF = Path(__file__).parents[2] / "flexirl" / "conf"
 DEFAULT_SLO = SLO(1.0, 0.1)
@@ -163,9 +163,20 @@ def test_batches_arrive_together_with_a_scaled_window():
     assert np.mean([len(draw(scenario, s).of_class(DEFERRED)) / 7 for s in range(100)]) == pytest.approx(10, rel=0.1)
 
 
+def test_files_of_a_load_have_one_of_several_windows():
+    config = {"kind": "batches", "batch_size": 7, "load": 0.4, "window_s": [60.0, 600.0], "time_scale": 0.5,
+              "lengths": plain()["deferred"]["lengths"]}  # fmt: skip
+    deferred = draw(from_config(plain(deferred=config, duration_s=20_000.0))).of_class(DEFERRED)
+    assert service_time_s(deferred).sum() / 20_000.0 == pytest.approx(0.4, rel=0.1)
+    windows_s = deferred["window_s"].reshape(-1, 7)
+    assert (windows_s == windows_s[:, :1]).all() and set(windows_s.flat) == {30.0, 300.0}
+    assert (windows_s == 30.0).mean() == pytest.approx(0.5, abs=0.1)
+
+
 def test_tiers_tenants_and_predictor():
+    strict, lenient = {"ttft_s": 0.5, "tpot_s": 0.05}, {"ttft_s": 5, "tpot_s": 0.5, "window_s": 9}
     config = plain(
-        slo_tiers=[{"share": 3, "ttft_s": 0.5, "tpot_s": 0.05}, {"share": 1, "ttft_s": 5, "tpot_s": 0.5}],
+        slo_tiers=[{"share": 3, **strict}, {"share": 1, **lenient}],
         predictor={"enabled": True, "error": 0.3}, duration_s=2000.0,
     )  # fmt: skip
     config["immediate"]["tenants"] = {"count": 2, "skew": 1.0}
@@ -173,6 +184,7 @@ def test_tiers_tenants_and_predictor():
     immediate = trace.of_class(IMMEDIATE)
     assert (immediate["ttft_slo_s"] == 0.5).mean() == pytest.approx(0.75, abs=0.02)
     assert ((immediate["ttft_slo_s"] == 5) == (immediate["tpot_slo_s"] == 0.5)).all()
+    assert (immediate["window_s"] == np.where(immediate["ttft_slo_s"] == 5, 9, np.inf)).all()
     assert np.bincount(immediate["tenant"]) / len(immediate) == pytest.approx([2 / 3, 1 / 3], abs=0.02)
     true, guess = trace.rows["output_tokens"], trace.rows["predicted_output_tokens"]
     assert guess.min() >= 1 and (guess <= trace.rows["max_tokens"]).all()
@@ -256,7 +268,7 @@ def test_drawing_an_episode_is_cheap():
         (["workload.immediate.lengths.prompt.mu=long"], "should be a list of numbers"),
         (["workload.slo_tiers=[{share: 1}]"], r"slo_tiers\[0\].ttft_s is missing"),
         (["workload.predictor.enabled=3"], "should be true or false"),
-        (["workload=deadlines", "workload.deferred.interval_s=5"], "either interval_s or times_s"),
+        (["workload=deadlines", "workload.deferred.interval_s=5"], "one of interval_s, times_s and load"),
     ],
 )
 def test_bad_configuration(overrides, message):

@@ -16,12 +16,14 @@ from tqdm import tqdm
 from flexirl.configured import count_of, load_executor, load_rule, load_slo, number, seed_of
 from flexirl.errors import UserError
 from flexirl.plots import plot_timeline
+from flexirl.policies.registry import make_policy
 from flexirl.program import output_folder, run_program
 from flexirl.runtime.engine import EngineProfile
 from flexirl.runtime.live import LiveEngine
 from flexirl.runtime.recording import Recording, read_timeline
 from flexirl.runtime.requests import ERROR, Completion, Request, Update
 from flexirl.runtime.sampling import Sampling
+from flexirl.runtime.shadow import Shadow
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 CLASSES = {"immediate": IMMEDIATE, "deferred": DEFERRED}
@@ -35,6 +37,7 @@ def run(config: DictConfig) -> None:
     path = Path(str(config.prompts))
     lines = read_lines(path)
     policy, slo = load_rule(config.policy), load_slo(config.slo)
+    other = None if config.shadow is None else make_policy(str(config.shadow))
     max_tokens = count_of(config.max_tokens, "max_tokens")
     OmegaConf.save(config, folder / "config.yaml", resolve=True)
     model, executor = load_executor(config)
@@ -44,6 +47,7 @@ def run(config: DictConfig) -> None:
         open(folder / "completions.jsonl", "w") as file,
         tqdm(total=len(lines), unit=" requests", disable=not config.progress) as progress,
         Recording(folder) if config.record else nullcontext() as recording,
+        Shadow(other, folder / "shadow.csv") if other is not None else nullcontext() as shadow,
     ):
         printer = Printer(progress.write)
         results = Results(file, progress)
@@ -65,7 +69,7 @@ def run(config: DictConfig) -> None:
         engine = LiveEngine(
             executor, policy, slo, model.tokenizer, interval_s=number(config.interval_s, "interval_s"),
             max_requests=min(len(lines), MOST_REQUESTS), save_blocks=config.save_blocks, safepoints=config.safepoints,
-            seed=seed_of(config.seed), on_end=end, on_step=recording,
+            seed=seed_of(config.seed), shadow=shadow, on_end=end, on_step=recording,
         )  # fmt: skip
         for place, line in lines:
             request_id = place
@@ -89,6 +93,8 @@ def run(config: DictConfig) -> None:
     if config.record:
         plot_timeline(read_timeline(folder / "timeline.csv"), policy.name, folder / "timeline.png")
     print(summary(results, engine.metrics(), engine.view.now_s))
+    if shadow is not None:
+        print(f"{shadow.policy.name} would have decided otherwise in {shadow.differences} of {shadow.asked} decisions")
     print(f"written to {folder / 'completions.jsonl'}")
 
 

@@ -49,7 +49,7 @@ BAD: list[tuple[Any, str, str]] = [
 
 def test_good_lines_run_and_bad_ones_say_why(tmp_path: Path) -> None:
     write_prompts(tmp_path, [*GOOD, *(line for line, _, _ in BAD)])
-    limits = ("engine.kv_blocks=12", "policy=vllm_priority")
+    limits = ("engine.kv_blocks=12", "policy=vllm_priority", "shadow=edf")
     ran = run(tmp_path, "generate", "prompts=prompts.jsonl", "hydra.run.dir=out", *limits)
     assert ran.returncode == 0, ran.stderr
     found = completions(tmp_path)
@@ -68,6 +68,9 @@ def test_good_lines_run_and_bad_ones_say_why(tmp_path: Path) -> None:
     printed = ran.stdout
     assert "greedy | " in printed and "[length]" in printed and "9 did not run" in printed and "microseconds" in printed
     assert (tmp_path / "out" / "config.yaml").is_file()
+    differences = (tmp_path / "out" / "shadow.csv").read_text().splitlines()
+    assert differences[0] == "time_s,field,decided,shadow" and len(differences) > 1
+    assert "edf would have decided otherwise in" in printed
 
 
 def test_a_file_longer_than_the_engines_room_gives_the_same_tokens(
@@ -94,6 +97,7 @@ def test_a_file_longer_than_the_engines_room_gives_the_same_tokens(
         (("policy=fifo",), "Could not find 'policy/fifo'"),
         (("policy=nowhere.onnx",), "nowhere.onnx does not exist"),
         (("policy.slack_used=2",), "slack_used=2"),
+        (("shadow=nobody",), "'nobody' is unknown"),
         (("model=nowhere",), "neither a folder nor one of tiny"),
         (("device=abacus",), "device=abacus"),
         (("engine.kv_blocks=0",), "engine.kv_blocks=0"),

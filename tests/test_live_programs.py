@@ -48,11 +48,48 @@ def test_live_and_surrogate_side_by_side(profile: Path, tmp_path: Path) -> None:
         assert (tmp_path / engine / "timeline_qoserve.png").is_file()
 
 
+SMALL = ("workload=tiny", "workload.duration_s=2", "workload.warmup_s=0.4", "agent.hyperparameters.n_steps=10",
+         "agent.hyperparameters.batch_size=10", "validation.every_steps=1000", "compare.seeds=1",
+         "progress=false")  # fmt: skip
+
+
+def test_an_agent_learns_on_the_live_engine(profile: Path, tmp_path: Path) -> None:
+    """From the best constant dials, as no policy to resume is given."""
+    done = run(
+        tmp_path, "train", "hydra.run.dir=.", "env=live", f"engine={profile}", *SMALL, "total_steps=20",
+        "compare.policies=[qoserve]",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert [row["steps"] for row in history] == [1, 20] and all(row["revenue_per_s"] > 0 for row in history)
+    board = json.loads((tmp_path / "leaderboard.json").read_text())
+    assert {row["policy"] for row in board[1:]} == {"qoserve", "immediate_only", "deferred_only"}
+    assert all(row["iterations"] > 10 for row in board) and (tmp_path / "policy.onnx").is_file()
+
+
+def test_an_agent_of_the_surrogate_is_tuned_on_the_live_engine(profile: Path, tmp_path: Path) -> None:
+    """Its groups of members shrink to one engine."""
+    settings = (f"engine={profile}", *SMALL, "compare.policies=[]")
+    done = run(
+        tmp_path, "train", "hydra.run.dir=before", *settings, "env.members=4", "env.group_size=2", "env.traces=2",
+        "validation.members=1", "total_steps=40", "agent.warm_start=false",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = run(
+        tmp_path, "train", "hydra.run.dir=after", "env=live", *settings, "total_steps=10", "resume=before/policy.zip"
+    )
+    assert done.returncode == 0, done.stderr
+    history = json.loads((tmp_path / "after" / "history.json").read_text())
+    assert history[0]["steps"] > 1 and history[-1]["steps"] >= history[0]["steps"] + 9
+
+
 @pytest.mark.parametrize(
     "name, arguments, message",
     [
         ("calibrate", ("seconds=0", "progress=false"), "seconds=0"),
         ("calibrate", ("model=/nowhere",), "/nowhere"),
+        ("train", ("env=live", "env.clock=sand"), "env.clock=sand is unknown; choose from virtual, wall"),
+        ("train", ("env=live", "env.members=2"), "env.members"),
         ("evaluate", ("executor=abacus",), "abacus is no engine"),
         ("evaluate", ("executor=live", "policies=[qoserve]", "seeds=1"), "longer than the"),
     ],

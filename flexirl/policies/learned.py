@@ -23,8 +23,11 @@ from flexirl.envs.observation import Observer
 from flexirl.errors import UserError
 from flexirl.policies.export import FORMAT
 from flexirl.policies.registry import make_policy
+from flexirl.runtime.engine import load_profile
 from flexirl.runtime.policy import Policy, View
-from flexirl.workloads.trace import DEFERRED
+from flexirl.runtime.simulation import start
+from flexirl.workloads.scenario import SLO
+from flexirl.workloads.trace import DEFERRED, Trace, empty_rows
 
 _LOG = logging.getLogger(__name__)
 _NUMBERS = {"dials": actions.NUM_DIALS, "grid": len(actions.GRID), "scores": observation.VISIBLE}
@@ -56,6 +59,7 @@ class LearnedPolicy:
         self._immediate_order = self._order("immediate_order", actions.DEFAULT_IMMEDIATE_ORDER, path)
         self._deferred_order = self._order("deferred_order", actions.DEFAULT_DEFERRED_ORDER, path)
         self._check_shapes(path)
+        self._warm_up()
 
     def _order(self, key: str, default: str, path: Path) -> int:
         name = str(self.metadata.get(key, default))
@@ -78,6 +82,13 @@ class LearnedPolicy:
             raise UserError(f"Policy {path} cannot decide ({_first_line(error)}); export it anew.") from None
         if raw.shape != (numbers,) or action.shape != (() if self._kind == "grid" else (numbers,)):
             raise UserError(f"Policy {path} gives other than the {numbers} numbers of {self._kind}; train it anew.")
+
+    def _warm_up(self) -> None:
+        """Decides for an idle engine, since what is set up at first use takes as long as an iteration or two."""
+        view = View(start(load_profile("cpu-tiny"), Trace(empty_rows(0), "idle", 1), 0), SLO(1.0, 1.0))
+        self.reset(view)
+        action, raw = self._run(self._observer(view.state))
+        self._write(self._dials(action, raw, view) if self._kind == "grid" else action, view)
 
     def _run(self, observed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The network's action and what it was cut or chosen from, for one observation."""
@@ -102,11 +113,14 @@ class LearnedPolicy:
                 return self._fall_back(view, "too late")
         except Exception as error:  # whatever a foreign file does, the engine goes on
             return self._fall_back(view, type(error).__name__)
+        self._write(numbers, view)
+        return view.state.decision[0]
+
+    def _write(self, numbers: np.ndarray, view: View) -> None:
         if self._kind == "scores":
             set_scores(view.state, numbers, view.slo.tpot_s)
         else:
             set_dials(view.state, numbers, view.slo.tpot_s, self._immediate_order, self._deferred_order)
-        return view.state.decision[0]
 
     def _dials(self, choice: np.ndarray, raw: np.ndarray, view: View) -> np.ndarray:
         """The dials of the network's choice; an agent that learned under masks never had to choose what they hide."""
@@ -122,9 +136,9 @@ class LearnedPolicy:
         return self.fallback.decide(view)
 
 
-def load_policy(path: str | Path, fallback: str = FALLBACK) -> LearnedPolicy:
+def load_policy(path: str | Path, fallback: str = FALLBACK, time_limit_s: float | None = None) -> LearnedPolicy:
     """The policy in an ONNX file; see `LearnedPolicy`."""
-    return LearnedPolicy(Path(path), fallback)
+    return LearnedPolicy(Path(path), fallback, time_limit_s)
 
 
 def _open(path: Path) -> tuple[onnxruntime.InferenceSession, dict[str, Any]]:

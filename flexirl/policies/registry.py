@@ -32,6 +32,7 @@ HEURISTICS: dict[str, type[Heuristic]] = {
         ImmediateOnly, DeferredOnly,
     )
 }  # fmt: skip
+_NETWORK_KNOBS = {"fallback": "str", "time_limit_s": "float | None"}  # of `conf/policy/file.yaml`
 _SPECS = Path(__file__).resolve().parent.parent / "conf" / "policy"
 
 
@@ -49,7 +50,7 @@ def make_policy(name_or_path: str, knobs: Mapping[str, Any] | None = None) -> Po
         # Only a learned policy needs the network's runtime, which takes long to import.
         from flexirl.policies.learned import load_policy
 
-        return load_policy(name_or_path)
+        return load_policy(name_or_path, **_checked(name_or_path, _NETWORK_KNOBS, knobs or {}))
     if name_or_path not in HEURISTICS:
         raise UserError(
             f"policy {name_or_path!r} is unknown; choose from {', '.join(policy_names())}, or give an .onnx file."
@@ -57,11 +58,16 @@ def make_policy(name_or_path: str, knobs: Mapping[str, Any] | None = None) -> Po
     rule = HEURISTICS[name_or_path]
     values = {**load_policy_spec(name_or_path), **(knobs or {})}
     kinds = {knob.name: str(knob.type) for knob in fields(rule) if knob.init}
+    return rule(**_checked(name_or_path, kinds, values))
+
+
+def _checked(name: str, kinds: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The knobs of policy `name`, each of the kind that its annotation says."""
     for knob in values:
         if knob not in kinds:
             known = ", ".join(kinds) if kinds else "none"
-            raise UserError(f"policy {name_or_path} has no knob {knob!r}; it has {known}.")
-    return rule(**{knob: _value(f"{name_or_path}.{knob}", kinds[knob], value) for knob, value in values.items()})
+            raise UserError(f"policy {name} has no knob {knob!r}; it has {known}.")
+    return {knob: _value(f"{name}.{knob}", kinds[knob], value) for knob, value in values.items()}
 
 
 def load_policy_spec(name: str) -> dict[str, Any]:
@@ -83,11 +89,13 @@ def _value(knob: str, kind: str, value: Any) -> Any:
         return float(value)
     if kind.startswith("int") and _is_number(value) and value == int(value):
         return int(value)
-    if kind == "int | str" and isinstance(value, str):
+    if kind in ("str", "int | str") and isinstance(value, str):
         return value
     if kind == "bool" and isinstance(value, bool):
         return value
-    wanted = {"int": "a whole number", "int | str": "a whole number or a word", "bool": "true or false"}
+    wanted = {
+        "str": "a name", "int": "a whole number", "int | str": "a whole number or a word", "bool": "true or false",
+    }  # fmt: skip
     raise UserError(f"policy knob {knob}={value!r} should be {wanted.get(kind, 'a number')}.")
 
 

@@ -31,6 +31,7 @@ from flexirl.runtime.request_table import enter, leave
 from flexirl.runtime.requests import ERROR, LENGTH, STOP, Completion, Output, Request, Update
 from flexirl.runtime.sampling import SAMPLING
 from flexirl.runtime.scheduler import abandon, apply, cancel, settle
+from flexirl.runtime.shadow import Shadow
 from flexirl.runtime.state import (
     CANCELLED,
     EXPIRED,
@@ -74,8 +75,8 @@ class LiveEngine:
     `flexirl.runtime.clock`; interval_s: seconds between decisions, for a policy that is not asked every iteration;
     max_requests: waiting and running at once; save_blocks: blocks of deferred requests copied to host memory ahead of
     a preemption, per iteration; safepoints: an iteration of deferred work alone is broken off when an immediate request
-    arrives; seed: of requests that sample without one; on_end: called with every completion; on_step: with every
-    iteration.
+    arrives; seed: of requests that sample without one; shadow: see `flexirl.runtime.shadow`; on_end: called with every
+    completion; on_step: with every iteration.
 
     `add_request`, `cancel`, `swap_policy` and `stop` may be called from any thread, everything else from one.
     """
@@ -93,6 +94,7 @@ class LiveEngine:
         save_blocks: int = 0,
         safepoints: bool = True,
         seed: int = 0,
+        shadow: Shadow | None = None,
         on_end: Callable[[Completion], None] | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> None:
@@ -106,6 +108,7 @@ class LiveEngine:
         self._save_blocks = save_blocks
         self._safepoints = safepoints
         self._seed = seed
+        self._shadow = shadow
         self._on_end = on_end
         self._on_step = on_step
 
@@ -140,7 +143,7 @@ class LiveEngine:
         self._decide_now = False
         self._stopping = False
 
-        self._abandoned = self._policy_swaps = self._tokens = 0
+        self._abandoned = self._policy_swaps = self._device_failures = self._tokens = 0
         self._decision_histogram = np.zeros(ITL_BINS, np.int64)
         self._start(seed)
         self.clock = clock or WallClock()
@@ -160,6 +163,8 @@ class LiveEngine:
         # No bound on a real iteration is certain, so a promise is broken when its time has passed and not before.
         self.state.scheduler["fastest_step_s"] = 0.0
         self.policy.reset(self.view)
+        if self._shadow is not None:
+            self._shadow.reset(self.view)
 
     # ------------------------------------------------------------------------------------------ from any thread
 
@@ -229,9 +234,13 @@ class LiveEngine:
     def decide(self) -> None:
         """Asks the policy and puts its decision in force from the next `advance` on."""
         self._decide_now = False
+        if self._shadow is not None:
+            self._shadow.see(self.state)
         began_s = time.perf_counter()
         self.state.decision[0] = self.policy.decide(self.view)
         self._decision_histogram[itl_bin(time.perf_counter() - began_s)] += 1
+        if self._shadow is not None:
+            self._shadow.compare(self.state.decision[0])
 
     def advance(self, until_s: float, max_iterations: int = 0) -> None:
         """Runs under the current decision until the clock reaches `until_s` or after `max_iterations` iterations.
@@ -272,7 +281,10 @@ class LiveEngine:
             "preemptions": int(classes["preemptions"].sum()),
             "recomputed_tokens": int(scheduler["recomputed_tokens"]),
             "swapped_tokens": int(scheduler["swapped_tokens"]),
+            "device_failures": self._device_failures,
             "policy_swaps": self._policy_swaps,
+            "fallback_decisions": sum(getattr(self.policy, "failures", {}).values()),  # of a learned policy
+            "shadow_differences": 0 if self._shadow is None else self._shadow.differences,
             "decisions": int(self._decision_histogram.sum()),
             "decision_median_s": histogram_percentile(self._decision_histogram, 50) or 0.0,
             "decision_p99_s": histogram_percentile(self._decision_histogram, 99) or 0.0,
@@ -376,7 +388,13 @@ class LiveEngine:
             save_blocks = min(self._save_blocks, self._executor.free_host_blocks)
         counts = Counts(*prepare(self._live, save_blocks))
         if counts.swapped_out or counts.swapped_in or counts.saved:
-            self._move(counts)
+            try:
+                self._move(counts)
+            except Exception as error:  # whatever a device does, the engine goes on
+                # What lies where is not known any more, so nothing that was computed can be relied on.
+                self._abandon(began_s)
+                self._fail(np.flatnonzero(state.requests["computed"] > 0).tolist(), error)
+                return True
         self._collect_ended(counts.ended_otherwise)
         if counts.tokens == 0:
             return False
@@ -396,6 +414,11 @@ class LiveEngine:
         except OutOfMemory:
             self._abandon(began_s)
             self._shrink(counts)
+            return True
+        except Exception as error:
+            # It may have written keys and values, but only those of the requests in it.
+            self._abandon(began_s)
+            self._fail(flat.requests[: counts.requests].tolist(), error)
             return True
         executed = time.perf_counter()
         watched = np.flatnonzero(self._arrays.watched[sampled]).tolist() if self._watched else []
@@ -476,6 +499,17 @@ class LiveEngine:
         r = int(self._flat.requests[0])
         self._output(r).error = "The device is out of memory; send it again when the engine has less to do."
         cancel(self.state, r)
+        self._collect_ended()
+
+    def _fail(self, requests: list[int], error: Exception) -> None:
+        """Ends the requests, for which the device failed."""
+        self._device_failures += 1
+        _LOG.error("the device failed; the requests it was computing end", exc_info=error)
+        for r in requests:
+            output = self._outputs[r]
+            if output is not None:
+                output.error = f"The device failed ({type(error).__name__}: {error}); send it again."
+                cancel(self.state, r)
         self._collect_ended()
 
     def _grow_back(self) -> None:

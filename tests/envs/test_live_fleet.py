@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import gymnasium
 import numpy as np
 import pytest
 from episodes import REVENUE, Requests, random_actions
@@ -15,6 +16,8 @@ from live_toys import TickClock, ToyExecutor
 from stable_baselines3.common.env_checker import check_env as sb3_check
 from toys import TICK_S, toy_engine
 
+import flexirl  # noqa: F401 - registers the environments
+from flexirl.envs.action import NUM_DIALS
 from flexirl.envs.batching import BatchingEnv
 from flexirl.envs.fleet import Fleet, Task
 from flexirl.envs.live import LiveFleet
@@ -143,7 +146,7 @@ def test_the_vector_environment_starts_the_next_episode_by_itself() -> None:
     env.reset()
     ends = []
     for step in range(1, 97):
-        _, _, over, infos = env.step(np.zeros((1, 7), np.float32))
+        _, _, over, infos = env.step(np.zeros((1, NUM_DIALS), np.float32))
         if over[0]:
             ends.append(step)
             assert infos[0]["TimeLimit.truncated"] and infos[0]["figures"]["revenue_per_s"] > 0
@@ -166,11 +169,23 @@ def test_by_the_walls_clock_time_passes_while_the_agent_thinks() -> None:
     clock = Thinking()
     fleet = LiveFleet(task(), ToyExecutor(ENGINE), lambda: clock)
     fleet.reset(0)
-    fleet.step(np.zeros((1, 7), np.float32))
+    fleet.step(np.zeros((1, NUM_DIALS), np.float32))
     clock.ahead_s += 4.2 * INTERVAL_S
-    fleet.step(np.zeros((1, 7), np.float32))
+    fleet.step(np.zeros((1, NUM_DIALS), np.float32))
     assert fleet.state(0).scheduler["now_s"][0] == pytest.approx(6 * INTERVAL_S, abs=1e-3)
     assert fleet._member["steps"][0] == 6
+
+
+def test_the_registered_environment_runs_a_model() -> None:
+    env = gymnasium.make("flexirl/LiveBatching-v0", overrides=["workload.duration_s=3"], render_mode="rgb_array")
+    surrogate = gymnasium.make("flexirl/Batching-v0")
+    assert (env.observation_space, env.action_space) == (surrogate.observation_space, surrogate.action_space)
+    env.reset(seed=0)
+    ends = [env.step(np.zeros(NUM_DIALS, np.float32))[3] for _ in range(15)]
+    assert ends == [False] * 14 + [True]
+    assert env.unwrapped.fleet.state(0).scheduler["iterations"][0] > 10  # type: ignore[attr-defined]
+    assert isinstance(env.render(), np.ndarray)
+    env.close()
 
 
 def test_requests_that_the_device_cannot_hold_are_refused() -> None:

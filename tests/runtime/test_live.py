@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from live_toys import END, TICK_S, VOCAB, Constant, LiveRun, RandomPolicy, ToyExecutor, alone
+from live_toys import END, TICK_S, VOCAB, Constant, LiveRun, RandomPolicy, ToyExecutor, alone, random_decision
 from onnx import TensorProto, helper, numpy_helper
 from toys import toy_engine
 
@@ -21,10 +22,12 @@ from flexirl.errors import UserError
 from flexirl.policies.export import FORMAT
 from flexirl.policies.learned import load_policy
 from flexirl.runtime.clock import VirtualClock, WallClock
+from flexirl.runtime.executor import Moves
 from flexirl.runtime.live import Step
 from flexirl.runtime.policy import View
 from flexirl.runtime.requests import Completion, Request, Update
 from flexirl.runtime.sampling import Sampling
+from flexirl.runtime.shadow import Shadow
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 ENGINE: dict[str, float] = {
@@ -205,6 +208,48 @@ def test_what_never_fits_ends_with_an_error_and_the_others_go_on() -> None:
     run.drain()
     assert run.completions["a"].finish_reason == "error" and "out of memory" in str(run.completions["a"].error)
     assert run.completions["b"].token_ids == alone([1, 2, 3], 4, ())
+    everything_is_given_back(run)
+
+
+@pytest.mark.parametrize("save_blocks", [0, 3])
+def test_a_device_that_fails_costs_only_what_it_was_computing(
+    save_blocks: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Forward passes and moves fail now and then: whoever was in them ends with an error, all others are right."""
+    rng = np.random.default_rng(5)
+
+    class Faulty(ToyExecutor):
+        healthy = True
+        faults = 0
+
+        def maybe_fail(self) -> None:
+            if not self.healthy and rng.random() < 0.08:
+                self.faults += 1
+                raise RuntimeError("an illegal address")
+
+        def move(self, moves: Moves) -> dict[int, int]:
+            self.maybe_fail()
+            return super().move(moves)
+
+    executor = Faulty(toy_engine(**ENGINE))
+    executor.between_layers = executor.maybe_fail
+    run = LiveRun(executor, RandomPolicy(3, 16), save_blocks=save_blocks)
+    requests = [random_request(rng, i, 0.0) for i in range(60)]
+    for request in requests:
+        run.engine.add_request(request)
+    executor.healthy = False
+    for _ in range(60):
+        run.step(2)
+    executor.healthy = True
+    run.drain()
+    failed = {name for name, completion in run.completions.items() if completion.finish_reason == "error"}
+    assert run.engine.metrics()["device_failures"] == executor.faults > 3 and 0 < len(failed) < 60
+    for request in requests:
+        completion = run.completions[request.id]
+        assert (request.id in failed) == ("RuntimeError: an illegal address" in str(completion.error))
+        if completion.finish_reason in ("stop", "length"):
+            assert completion.token_ids == alone(request.prompt, request.max_tokens, ends_of(request))
+    assert "the device failed" in caplog.text
     everything_is_given_back(run)
 
 
@@ -419,6 +464,111 @@ def test_an_exported_policy_is_swapped_in_while_requests_run(tmp_path: Path) -> 
     assert run.engine.metrics()["policy_swaps"] == 1 and run.engine.metrics()["decisions"] > 2
     for i in range(12):
         assert run.completions[str(i)].token_ids == alone([i, 1], 20, ())
+
+
+@pytest.mark.parametrize("fault", ["exception", "not finite", "too late"])
+def test_where_a_network_cannot_decide_its_fallback_does(
+    tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = load_policy(exported_policy(tmp_path / "night.onnx"), "edf", 0.0 if fault == "too late" else None)
+
+    def fail(observed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if fault == "exception":
+            raise RuntimeError
+        return np.full(7, np.nan, np.float32), np.full(7, np.nan, np.float32)
+
+    if fault != "too late":
+        monkeypatch.setattr(policy, "_run", fail)
+    run = live_run()
+    run.engine.swap_policy(policy)
+    for i in range(12):
+        run.engine.add_request(plain(str(i), [i, 1], 20, i % 2))
+    run.drain()
+    assert all(run.completions[str(i)].token_ids == alone([i, 1], 20, ()) for i in range(12))
+    metrics = run.engine.metrics()
+    assert metrics["fallback_decisions"] == sum(policy.failures.values()) == metrics["decisions"] - 1 >= 3
+    assert "edf decides instead" in caplog.text
+
+
+def test_a_policy_of_another_schema_is_refused_and_the_old_one_goes_on(tmp_path: Path) -> None:
+    path = exported_policy(tmp_path / "old.onnx")
+    model = onnx.load(path)
+    helper.set_model_props(model, {"format": FORMAT, "observation_schema": "flexirl-observation-0"})
+    onnx.save(model, path)
+    run = live_run()
+    run.engine.add_request(plain("a", [1], 9))
+    run.step(2)
+    with pytest.raises(UserError, match="observation_schema flexirl-observation-0"):
+        run.engine.swap_policy(load_policy(path))
+    run.drain()
+    assert run.completions["a"].token_ids == alone([1], 9, ()) and run.engine.metrics()["policy_swaps"] == 0
+
+
+# ------------------------------------------------------------------------------------------------ shadows
+
+
+def test_a_shadow_is_asked_the_same_and_changes_nothing(tmp_path: Path) -> None:
+    """Two runs that are alike but for the shadow, one that writes all over the state it is shown."""
+
+    class Meddling(RandomPolicy):
+        name = "meddling"
+
+        def decide(self, view: View) -> np.ndarray:
+            seen.append((view.now_s, view.state.requests.tobytes()))
+            decision = random_decision(self._rng, 16)
+            view.state.requests["score"] = -5
+            view.state.decision[0] = decision
+            given.append(decision)
+            return view.state.decision[0]
+
+    class Watched(RandomPolicy):
+        def decide(self, view: View) -> np.ndarray:
+            shown.append((view.now_s, view.state.requests.tobytes()))
+            decisions.append(super().decide(view))
+            return decisions[-1]
+
+    seen: list[Any] = []
+    given: list[np.ndarray] = []
+    ended = []
+    for shadowed in (False, True):
+        shown: list[Any] = []
+        decisions: list[np.ndarray] = []
+        with Shadow(Meddling(9, 16), tmp_path / "shadow.csv") as shadow:
+            run = live_run(Watched(4, 16), shadow=shadow if shadowed else None)
+            for i in range(12):
+                run.engine.add_request(plain(str(i), [i, 1], 20, i % 2))
+            run.drain()
+        ended.append({name: completion.e2e_s for name, completion in run.completions.items()})
+    assert ended[0] == ended[1] and seen == shown
+    with open(tmp_path / "shadow.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = [
+        (now_s, name, mine[name].item(), other[name].item())
+        for (now_s, _), mine, other in zip(shown, decisions, given, strict=True)
+        for name in mine.dtype.names or ()
+        if mine[name] != other[name]
+    ]
+    assert len(rows) == len(expected) > 20
+    for row, (now_s, name, mine_value, other_value) in zip(rows, expected, strict=True):
+        assert float(row["time_s"]) == now_s and row["field"] == name
+        assert (float(row["decided"]), float(row["shadow"])) == (mine_value, other_value)
+    differing = len({now_s for now_s, *_ in expected})
+    assert run.engine.metrics()["shadow_differences"] == shadow.differences == differing <= shadow.asked == len(shown)
+
+
+def test_a_shadow_that_fails_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Constant):
+        name = "broken"
+
+        def decide(self, view: View) -> np.ndarray:
+            raise RuntimeError("no idea")
+
+    with Shadow(Broken(), tmp_path / "shadow.csv") as shadow:
+        run = live_run(shadow=shadow)
+        run.engine.add_request(plain("a", [1], 9))
+        run.drain()
+    assert run.completions["a"].token_ids == alone([1], 9, ()) and (shadow.asked, shadow.differences) == (0, 0)
+    assert caplog.text.count("shadow broken failed (no idea)") == 1
 
 
 # ------------------------------------------------------------------------------------------------ clocks

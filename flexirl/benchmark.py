@@ -28,7 +28,7 @@ def run(config: DictConfig) -> None:
     names = list(dict.fromkeys([*names_of(config.policies, "policies"), *ANCHORS]))
     check_names(names)
     seed = seed_of(config.seed)
-    processes = count_of(config.processes or os.cpu_count(), "processes")
+    processes = count_of(os.cpu_count() if config.processes is None else config.processes, "processes")
     cells, skipped = expand(config.suite, config.seeds)
     if not cells:
         raise UserError(f"suite={config.suite.name} has no scenarios; {' '.join(skipped) or 'give it grids.'}")

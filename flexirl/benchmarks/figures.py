@@ -145,7 +145,7 @@ def against_load(rows: Sequence[Row], policies: Sequence[str], suite: str) -> Fi
                 values.append(float(np.median(known)) if known else np.nan)
             marker = MARKERS[i % len(MARKERS)]
             axes.plot(loads, values, color=colours[policy], marker=marker, markersize=3, linewidth=1.1, label=policy)
-        axes.set(ylabel=label, yscale="log")
+        axes.set(ylabel=label, yscale="log" if name.startswith("ttft") else "linear")
         axes.grid(color="#e5e5e5", linewidth=0.5)
     for axes in panels[1]:
         axes.set_xlabel("load (immediate demand, share of capacity)")

@@ -85,7 +85,8 @@ def all_tables(benchmark: Benchmark, revenue: Scores) -> dict[str, Table]:
 
 def _leaderboard(rows: Sequence[Row], revenue: Scores) -> Table:
     table = []
-    for name, mean, (low, high) in zip(revenue.policies, revenue.mean(), revenue.interval(), strict=True):
+    standing = zip(revenue.policies, revenue.mean(), revenue.interval(), revenue.behind_first(), strict=True)
+    for name, mean, (low, high), (gap, least, most) in standing:
         mine = [row for row in rows if row["policy"] == name]
         figures = {
             "revenue/s": "revenue_per_s", "attainment": "immediate_attainment", "on time": "deferred_on_time",
@@ -93,8 +94,21 @@ def _leaderboard(rows: Sequence[Row], revenue: Scores) -> Table:
             "TTFT P99 s": "ttft_p99_s", "TPOT P99 s": "tpot_p99_s", "fairness": "jain_fairness",
         }  # fmt: skip
         figures_of = {title: statistics.mean_of(mine, figure) for title, figure in figures.items()}
-        table.append({"policy": name, "score": mean, "95% low": low, "95% high": high, **figures_of})
+        table.append(
+            {
+                "policy": name,
+                "score": mean,
+                "95%": _span(low, high),
+                "behind first": gap,
+                "95% of that": _span(least, most),
+                **figures_of,
+            }
+        )
     return table
+
+
+def _span(low: float, high: float) -> str:
+    return f"{low:.3f} to {high:.3f}"
 
 
 def _capacity(rows: Sequence[Row], policies: Sequence[str]) -> Table:
@@ -130,10 +144,14 @@ def findings(benchmark: Benchmark, revenue: Scores) -> list[str]:
     means, intervals = revenue.mean(), revenue.interval()
     first = revenue.policies[0]
     said = [
-        f"{first} has the highest score, {means[0]:.3f} (95% interval {intervals[0][0]:.3f} to {intervals[0][1]:.3f})"
-        + (f", ahead of {revenue.policies[1]} with {means[1]:.3f}." if len(means) > 1 else ".")
+        f"{first} has the highest score, {means[0]:.3f} (95% interval {intervals[0][0]:.3f} to {intervals[0][1]:.3f})."
     ]
     if len(means) > 1:
+        gap, least, most = revenue.behind_first()[1]
+        said.append(
+            f"It is {gap:.3f} ahead of {revenue.policies[1]} (95% interval of the difference {least:.3f} to {most:.3f}"
+            f", which {'excludes' if least > 0 else 'includes'} zero)."
+        )
         best = np.nanmean(revenue.values, axis=2)
         ahead = int((best[0] >= best[1:].max(axis=0)).sum())
         said.append(f"It is best, or level with the best, in {ahead} of {best.shape[1]} scenarios; its lowest score "

@@ -9,7 +9,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,7 @@ class Job:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The scenario's configuration: what `flexirl.evaluate` would run on."""
-        config = composed(self.cell.overrides)
-        groups = ("workload", "engine", "slo", "reward", "env")
-        return {group: OmegaConf.to_container(config[group], resolve=True) for group in groups}
+        return _settings(self.cell.overrides)
 
     @cached_property
     def key(self) -> str:
@@ -82,6 +80,15 @@ class Job:
             if i == 0:
                 course = course_of(run)
         return {"rows": rows, **course}
+
+
+@cache
+def _settings(overrides: tuple[str, ...]) -> dict[str, Any]:
+    config = composed(overrides)
+    return {
+        group: OmegaConf.to_container(config[group], resolve=True)
+        for group in ("workload", "engine", "slo", "reward", "env")
+    }
 
 
 def _policy_identity(name: str) -> Any:

@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
-
 import numpy as np
 
 from flexirl.evaluation import ANCHORS, Row
 
-RESAMPLES = 2000
+RESAMPLES, INTERVAL = 2000, (2.5, 97.5)
 KEPT = 0.99  # attainment that counts as keeping the promise
 TIE = 1e-3  # revenues that differ by less than this share of the larger are level
 
@@ -52,8 +50,22 @@ class Scores:
         """Mean over suites, of each the mean over its scenarios, of each the mean over its seeds: (policies,)."""
         return self.by_suite.mean(axis=1)
 
-    def interval(self, percent: float = 95.0) -> np.ndarray:
-        """Bootstrap confidence interval of `mean`: float64 (policies, 2).
+    def interval(self) -> np.ndarray:
+        """95% confidence interval of `mean`: float64 (policies, 2)."""
+        return np.percentile(self._resampled, INTERVAL, axis=0).T
+
+    def behind_first(self) -> np.ndarray:
+        """How far each mean lies below the first policy's, and the 95% interval of that: float64 (policies, 3).
+
+        Paired: all policies stand on the same draws, so what is common to them, how hard a scenario is, cancels.
+        """
+        gaps = self._resampled[:, :1] - self._resampled
+        means = self.mean()
+        return np.column_stack([means[0] - means, np.percentile(gaps, INTERVAL, axis=0).T])
+
+    @cached_property
+    def _resampled(self) -> np.ndarray:
+        """Means of bootstrap samples: float64 (RESAMPLES, policies).
 
         The percentile bootstrap (Efron, 1979), clustered: scenarios are drawn anew within each suite, then seeds within
         each scenario, the same ones for every policy.
@@ -69,8 +81,7 @@ class Scores:
                 counted = np.arange(self.values.shape[2]) < seeds[drawn, None]
                 picked = np.where(counted, self.values[:, drawn[:, None], columns], 0.0)
                 means[number] += (picked.sum(axis=2) / seeds[drawn]).mean(axis=1) / len(self.suites)
-        rest = (100.0 - percent) / 2
-        return np.percentile(means, [rest, 100.0 - rest], axis=0).T
+        return means
 
 
 def scores(rows: Sequence[Row], figure: Callable[[Row], float | None], meaning: str) -> Scores:
@@ -186,19 +197,21 @@ class Sensitivity:
 
 
 def sensitivities(rows: Sequence[Row], policy: str, figures: Sequence[str]) -> list[Sensitivity]:
-    """Of one policy in the suite `distributions`, at each load; empty where there is no such suite."""
+    """Of one policy in the suite `distributions`, at each load at which the figure is defined everywhere."""
     mine = [row for row in rows if row["suite"] == "distributions" and row["policy"] == policy]
     found = []
     for load in sorted({row["labels"]["load"] for row in mine}):
         for figure in figures:
-            logs: dict[tuple[Any, ...], float] = {}
-            for place in dict.fromkeys(tuple(row["labels"].items()) for row in mine if row["labels"]["load"] == load):
-                value = mean_of((row for row in mine if tuple(row["labels"].items()) == place), figure)
-                if value:
-                    logs[place] = float(np.log(value))
-            pairs = {(dict(place)["outer"], dict(place)["inner"]): v for place, v in logs.items() if len(place) == 3}
-            if not pairs:
+            values = {
+                place: mean_of((row for row in mine if tuple(row["labels"].items()) == place), figure)
+                for place in dict.fromkeys(
+                    tuple(row["labels"].items()) for row in mine if row["labels"]["load"] == load
+                )
+            }
+            if not all(values.values()):  # nobody got that far, or nothing was done
                 continue
+            logs = {place: float(np.log(value)) for place, value in values.items() if value}
+            pairs = {(dict(place)["outer"], dict(place)["inner"]): v for place, v in logs.items() if len(place) == 3}
             middle = np.mean(list(pairs.values()))
             effects = [
                 {

@@ -12,6 +12,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from flexirl.configured import CONF, count_of, load_task
@@ -144,8 +145,11 @@ def _trace_length_s(overrides: tuple[str, ...]) -> float:
 
 
 def composed(overrides: list[str] | tuple[str, ...]) -> DictConfig:
-    """The configuration of `python -m flexirl.evaluate` with these overrides."""
+    """The configuration of `python -m flexirl.evaluate` with these overrides; raises UserError for wrong ones."""
     # Hydra keeps one configuration source at a time, and a program that it runs has set one already.
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("evaluate", list(overrides))
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("evaluate", list(overrides))
+    except HydraException as error:
+        raise UserError(f"A scenario of the suite cannot be configured: {error}") from None

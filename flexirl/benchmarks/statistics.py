@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+
 import numpy as np
 
 from flexirl.evaluation import ANCHORS, Row

@@ -167,7 +167,7 @@ def test_evaluating_bad_input(tmp_path: Path, arguments: tuple[str, ...], messag
 
 
 @pytest.mark.parametrize(
-    "name", ["train", "evaluate", "workload", "validate", "calibrate", "generate", "bench", "bench_live"]
+    "name", ["train", "evaluate", "workload", "validate", "calibrate", "generate", "bench", "bench_live", "benchmark"]
 )
 def test_programs_explain_themselves(tmp_path: Path, name: str) -> None:
     ran = run(tmp_path, name, "--help")

@@ -94,7 +94,7 @@ def win_matrix(revenue: Scores) -> Figure:
 def by_suite(revenue: Scores) -> Figure:
     """Mean score of every policy in every suite."""
     values = revenue.by_suite
-    figure = new_figure(0.85 * len(revenue.suites) + 3.2, 0.33 * len(revenue.policies) + 1.6)
+    figure = new_figure(0.85 * len(revenue.suites) + 3.2, max(0.33 * len(revenue.policies) + 1.6, 3.6))
     axes = figure.subplots()
     image = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
@@ -169,7 +169,7 @@ def heatmap(rows: Sequence[Row]) -> Figure:
         panel.imshow(np.log(values), cmap="magma_r")
         middle = (np.nanmin(values) * np.nanmax(values)) ** 0.5
         for (i, j), value in np.ndenumerate(values):
-            panel.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=7,
+            panel.text(j, i, f"{value:.2g}" if value < 10 else f"{value:.0f}", ha="center", va="center", fontsize=7,
                        color="white" if value > middle else "black")  # fmt: skip
         panel.set_xticks(range(len(inner)), inner, rotation=60, ha="right", fontsize=8)
         panel.set_yticks(range(len(outer)), outer, fontsize=8)
@@ -203,7 +203,7 @@ def by_distribution(rows: Sequence[Row]) -> Figure:
             style = "-" if kind.startswith("outer") else "--"
             axes.plot(loads, [np.nan if v is None else v for v in values], style, color=PALETTE[i], label=kind,
                       marker=MARKERS[i % len(MARKERS)], markersize=3, linewidth=1.1)  # fmt: skip
-        axes.set(title=label, xscale="log", yscale="linear" if name.endswith("per_s") else "log")
+        axes.set(title=label, xscale="log", yscale="log" if name.startswith("ttft") else "linear")
         axes.title.set_fontsize(9)
         axes.set_xticks(loads, [f"{load:g}" for load in loads], minor=False)
         axes.minorticks_off()

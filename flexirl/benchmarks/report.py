@@ -139,7 +139,7 @@ def _scenarios(rows: Sequence[Row], revenue: Scores) -> Table:
     return table
 
 
-def findings(benchmark: Benchmark, revenue: Scores) -> list[str]:
+def findings(revenue: Scores) -> list[str]:
     """What the results say, in sentences."""
     means, intervals = revenue.mean(), revenue.interval()
     first = revenue.policies[0]
@@ -156,8 +156,7 @@ def findings(benchmark: Benchmark, revenue: Scores) -> list[str]:
         ahead = int((best[0] >= best[1:].max(axis=0)).sum())
         said.append(f"It is best, or level with the best, in {ahead} of {best.shape[1]} scenarios; its lowest score "
                     f"relative to the best policy there is {(best[0] / best.max(axis=0)).min():.3f}.")  # fmt: skip
-    sensitivity = statistics.sensitivities(benchmark.rows, REFERENCE, SENSITIVE)
-    return said + ([*study_claims(sensitivity)] if sensitivity else [])
+    return said
 
 
 def study_claims(found: Sequence[Sensitivity]) -> list[str]:
@@ -182,7 +181,7 @@ def study_claims(found: Sequence[Sensitivity]) -> list[str]:
             f"{np.exp(influence[ranked[0]]):.2f} on average"
             + (f"; uniform is number {place} of {len(ranked)} ({np.exp(influence['uniform']):.2f})." if place else "."),
             f"{figure}: over distributions, the logarithm deviates by {spreads[0]:.2f} at load {mine[0].load:g}, by "
-            f"{max(spreads):.2f} at most and by {spreads[-1]:.2f} at load {mine[-1].load:g}; at the highest rate the "
+            f"{max(spreads):.2f} at most and by {spreads[-1]:.2f} at load {mine[-1].load:g}; at the last of these the "
             f"distribution {'matters less than half as much as where it matters most' if less else 'still matters'}.",
         ]
     return said
@@ -197,7 +196,7 @@ def _page(benchmark: Benchmark, revenue: Scores, tables: dict[str, Table], pictu
         f"{flexirl.__version__}, seed {benchmark.seed}. Score: {escape(revenue.meaning)}. Knobs that a rule leaves "
         "open (dials, latency budget) were searched for each scenario on other episodes.</p>",
         *(f"<p><strong>{escape(sentence)}</strong></p>" for sentence in benchmark.skipped),
-        "<ul>", *(f"<li>{escape(sentence)}</li>" for sentence in findings(benchmark, revenue)), "</ul>",
+        _list(findings(revenue)),
         "<h2>Leaderboard</h2>", _table(tables["leaderboard"]), _figures(pictures, "leaderboard", "wins"),
         "<h2>By suite</h2>", _figures(pictures, "suites"),
         "<h2>Both classes</h2>", _figures(pictures, "frontier"),
@@ -216,6 +215,7 @@ def _page(benchmark: Benchmark, revenue: Scores, tables: dict[str, Table], pictu
         parts += [
             "<h2>How requests arrive</h2>",
             f"<p>Policy {REFERENCE}. Factors are relative to the mean over all pairs.</p>",
+            _list(study_claims(statistics.sensitivities(benchmark.rows, REFERENCE, SENSITIVE))),
             _figures(pictures, "heatmap", "distributions", "course"), _table(tables["sensitivity"]),
         ]  # fmt: skip
     commands = "\n".join(cell.command(benchmark.seed) for cell in benchmark.cells)
@@ -227,6 +227,10 @@ def _page(benchmark: Benchmark, revenue: Scores, tables: dict[str, Table], pictu
     body = "\n".join(parts)
     head = f'<meta charset="utf-8"><title>FlexiRL benchmark: {escape(suites)}</title><style>{STYLE}</style>'
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+
+
+def _list(sentences: Sequence[str]) -> str:
+    return "<ul>" + "\n".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>"
 
 
 def _figures(pictures: dict[str, bytes], *names: str) -> str:

@@ -132,8 +132,7 @@ def test_without_a_bound_policies_are_held_against_the_best(tmp_path: Path) -> N
 
 
 def test_findings_follow_from_the_rows() -> None:
-    benchmark = fixed_benchmark()
-    said = findings(benchmark, revenue_scores(benchmark.rows))
+    said = findings(revenue_scores(fixed_benchmark().rows))
     assert said[0] == "good has the highest score, 0.900 (95% interval 0.900 to 0.900)."
     assert said[1].startswith("It is 0.400 ahead of bad") and said[1].endswith("which excludes zero).")
     assert "in 10 of 10 scenarios" in said[2]

@@ -46,6 +46,7 @@ def sorted_queue(state: State, request_class: int) -> list[int]:
     def place(r: int) -> tuple[bool, float, float, int]:
         request = state.requests[r]
         due_s = request["deadline_s"] if request_class == DEFERRED else request["ttft_deadline_s"]
+        due_s = min(due_s, 1e9)  # what is due at no time: at one common time
         further = EXPECTED if request_class == DEFERRED else 0.0
         key = {
             ARRIVAL: request["arrival_s"],

@@ -27,7 +27,7 @@ from flexirl.runtime.state import (
 )
 from flexirl.workloads.trace import IMMEDIATE
 
-SCHEMA = "flexirl-action-1"
+SCHEMA = "flexirl-action-2"
 
 
 class Dial(NamedTuple):
@@ -48,13 +48,20 @@ DIALS = (
     Dial("deferred_kv", "KV share above which no deferred request is admitted", "0", "0.95", "1"),
     Dial("preempt", "deferred requests to preempt now", "0", "0", "4"),
     Dial("relegate", "times its prefill an immediate request must have left, or it goes last", "0", "3", "6"),
+    Dial(
+        "window",
+        "time a deferred request must have left in its window, or it goes last",
+        "0",
+        "160 TPOT SLO",
+        "320 TPOT SLO",
+    ),
 )
 NUM_DIALS = len(DIALS)
 
 # A grid of dial settings for agents with one discrete choice: shares of slack and decodes, a pause, one preemption.
 GRID = tuple(
-    [(0.0, slack, decodes, 0.0, 0.0, 0.0, 0.0) for slack in (-0.7, -0.3, 0.0, 0.3) for decodes in (-1.0, 0.0, 1.0)]
-    + [(0.0, 0.0, -1.0, 0.0, -1.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0, 0.0, 0.75, 0.0)]
+    [(0.0, slack, decodes, 0.0, 0.0, 0.0, 0.0, 0.0) for slack in (-0.7, -0.3, 0.0, 0.3) for decodes in (-1.0, 0.0, 1.0)]
+    + [(0.0, 0.0, -1.0, 0.0, -1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0, 0.0, 0.75, 0.0, 0.0)]
 )
 ORDERS = {"arrival": ARRIVAL, "deadline": DEADLINE, "shortest": SHORTEST}
 # In the deadline order a token of prefill still to do counts like this many seconds (QoServe's alpha): under pressure
@@ -91,6 +98,7 @@ def set_dials(state: State, dials: np.ndarray, tpot_s: float, immediate_order: i
     decision.deferred_kv_share = 0.95 + (0.95 if dials[4] < 0 else 0.05) * dials[4]
     decision.preempt_count = int(np.floor(max(dials[5] - 0.5, 0.0) * 8.0 + 1e-6))
     decision.relegate = 3.0 + 3.0 * dials[6]
+    decision.deferred_margin_s = (160.0 + 160.0 * dials[7]) * tpot_s
 
 
 @nb.njit(cache=True)

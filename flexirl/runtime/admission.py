@@ -22,13 +22,13 @@ def admit_waiting(state: State, immediate: bool, deferred: bool) -> None:
     while scheduler.budget > 0:
         if (deferred and state.classes[DEFERRED].preempted > 0) or state.classes[IMMEDIATE].preempted > 0:
             return
-        r = _next(state, immediate, deferred)
+        r = next_to_admit(state, immediate, deferred)
         if r == NONE:
             return
         request = state.requests[r]
         if request.request_class == DEFERRED and scheduler.now_s > request.deadline_s:
             end_waiting(state, r, EXPIRED)
-        elif state.decision[0].relegate > 0 and request.relegated == 0 and _hopeless(state, r):
+        elif request.relegated == 0 and _hopeless(state, r):
             remove(state, r)
             request.relegated = 1
             push(state, r)
@@ -37,8 +37,8 @@ def admit_waiting(state: State, immediate: bool, deferred: bool) -> None:
 
 
 @nb.njit(cache=True)
-def _next(state: State, immediate: bool, deferred: bool) -> int:
-    """The request to admit next, or NONE; relegated immediate requests come after deferred ones."""
+def next_to_admit(state: State, immediate: bool, deferred: bool) -> int:
+    """The request to admit next, or NONE. Relegated immediate requests come after deferred ones."""
     if state.decision[0].discipline == ONE_QUEUE:
         return merged_head(state)
     first = head(state, IMMEDIATE)
@@ -53,9 +53,11 @@ def _next(state: State, immediate: bool, deferred: bool) -> int:
 
 @nb.njit(cache=True)
 def _hopeless(state: State, r: int) -> bool:
-    """True if an immediate request is to be given up: see `relegate` in `DECISION`."""
-    engine, request = state.engine[0], state.requests[r]
-    if request.request_class != IMMEDIATE or request.generated > 0:
+    """True if a request is to be given up: see `relegate` and `deferred_margin_s` in `DECISION`."""
+    engine, request, decision = state.engine[0], state.requests[r], state.decision[0]
+    if request.request_class == DEFERRED:
+        return state.scheduler[0].now_s + decision.deferred_margin_s > request.deadline_s
+    if decision.relegate <= 0 or request.generated > 0:
         return False
     start = _reusable_tokens(state, r)
     owed = request.prompt_tokens - start
@@ -63,7 +65,7 @@ def _hopeless(state: State, r: int) -> bool:
     slope = prefill_slope(engine)
     alone_s = slope * tokens + engine.per_chunk_context_s * tokens * (start + 0.5 * tokens)
     alone_s += engine.per_image_token_s * image_tokens_of_chunk(request, start, owed)
-    return state.scheduler[0].now_s + state.decision[0].relegate * alone_s > request.ttft_deadline_s
+    return state.scheduler[0].now_s + decision.relegate * alone_s > request.ttft_deadline_s
 
 
 @nb.njit(cache=True)

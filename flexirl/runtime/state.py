@@ -26,7 +26,7 @@ REQUEST = np.dtype(
         ("tpot_slo_s", "f8"),  # mean seconds per token after the first; inf where none is promised
         ("status", "i1"),
         ("request_class", "i1"),
-        ("relegated", "i1"),  # 1: an immediate request that goes behind the others, since it will be late
+        ("relegated", "i1"),  # 1: goes behind the others of its class, since it will be late
         ("missed", "i1"),  # 1: its promise can no longer be kept, and the loss is booked
         ("prompt_tokens", "i4"),
         ("output_tokens", "i4"),  # the truth: for the executor and the accounts, never for a policy
@@ -170,6 +170,10 @@ DECISION = np.dtype(
         ("immediate_slack", "f8"),  # the same, as a share of the least slack of immediate decodes; 0: does not apply
         ("deferred_slack", "f8"),  # likewise for deferred work
         ("deferred_decodes", "f8"),  # share of deferred decodes that run all the same, their time being set aside
+        (
+            "deferred_margin_s",
+            "f8",
+        ),  # deferred requests with less time left in their window go behind the others
         ("deferred_kv_share", "f8"),  # no deferred request is admitted above this share of the cache
         ("reserve_ratio", "f8"),  # memory kept for running requests: this share (at most 1) of the output they may make
         ("reserve_new_ratio", "f8"),  # the same for the request to be admitted

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
-from flexirl.runtime.admission import shut_out
+from flexirl.runtime.admission import next_to_admit, shut_out
 from flexirl.runtime.books import (
     OUTPUT_SERVICE,
     best_effort,
@@ -209,14 +209,13 @@ def _is_steady(state: State) -> bool:
         return True
     if state.classes[IMMEDIATE].order == FAIR or state.classes[DEFERRED].order == FAIR:
         return False
-    first, second = head(state, IMMEDIATE), head(state, DEFERRED)
+    first = head(state, IMMEDIATE)
     urgent = first != NONE and not state.requests[first].relegated
     if decision.relegate > 0 and urgent:
         return False
     if decision.immediate_slack <= 0 and decision.deferred_slack <= 0:
         return True
-    next_one = second if second != NONE else first
-    return decision.discipline == CLASSES and not urgent and shut_out(state, next_one)
+    return decision.discipline == CLASSES and not urgent and shut_out(state, next_to_admit(state, False, True))
 
 
 @nb.njit(cache=True)
@@ -234,7 +233,8 @@ def _fast_forward(state: State, trace: np.ndarray, until_s: float, limit: int) -
     due_s = _next_arrival_s(state, trace)
     waiting = head(state, DEFERRED)
     if waiting != NONE:
-        due_s = min(due_s, state.requests[waiting].deadline_s)
+        margin_s = 0.0 if state.requests[waiting].relegated else decision.deferred_margin_s
+        due_s = min(due_s, state.requests[waiting].deadline_s - margin_s)
     immediate, best_efforts = 0, 0
     next_due_s, least_tpot_s = np.inf, np.inf
     block_size = engine.block_size

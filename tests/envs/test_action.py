@@ -26,6 +26,7 @@ FIELDS = {
     "deferred_kv": ["deferred_kv_share"],
     "preempt": ["preempt_count"],
     "relegate": ["relegate"],
+    "window": ["deferred_margin_s"],
 }
 
 

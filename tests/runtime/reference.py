@@ -393,7 +393,7 @@ class Reference:
                 return
             if request.deferred and self.now_s > request.deadline_s:
                 self.end(request, EXPIRED)
-            elif self.decision["relegate"] and not request.relegated and self.hopeless(request):
+            elif not request.relegated and self.hopeless(request):
                 request.relegated = True
             elif not self.admit(request):
                 return
@@ -403,11 +403,10 @@ class Reference:
         heads = [self.head(request_class) for request_class in (IMMEDIATE, DEFERRED)]
         if self.decision["discipline"] != ONE_QUEUE:
             first, second = heads
-            if first is not None and not first.relegated:
-                if immediate:
-                    return first
-                first = None
-            return (second or first) if deferred else None
+            urgent = first is not None and not first.relegated
+            if urgent and immediate:
+                return first
+            return (second or (None if urgent else first)) if deferred else None
         both = [request for request in heads if request is not None]
         fair = self.orders[IMMEDIATE][0] == FAIR
         return min(both, key=lambda r: (self.service[r.tenant] if fair else 0, self.key(r)), default=None)
@@ -441,8 +440,13 @@ class Reference:
         return request.relegated, min(value, LATEST_KEY), request.number
 
     def hopeless(self, request: Request) -> bool:
-        """Whether its first token would be late if its prefill, run alone, took `relegate` times as long as it does."""
-        if request.deferred or request.generated > 0:
+        """Whether its first token would be late if its prefill, run alone, took `relegate` times as long as it does.
+
+        A deferred one, whether its window has less time left than the margin.
+        """
+        if request.deferred:
+            return self.now_s + self.decision["deferred_margin_s"] > request.deadline_s
+        if not self.decision["relegate"] or request.generated > 0:
             return False
         engine, start = self.engine, self.reusable(request)
         tokens = request.prompt - start

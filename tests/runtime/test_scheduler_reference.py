@@ -102,6 +102,7 @@ def decisions(draw: st.DrawFn, preempt: bool = True) -> dict[str, float]:
         "immediate_slack": draw(st.sampled_from((0.0, 0.0, 0.5, 1.0))),
         "deferred_slack": draw(st.sampled_from((0.0, 0.0, 0.5, 1.0))),
         "deferred_decodes": draw(st.sampled_from((1.0, 0.5, 0.0))),
+        "deferred_margin_s": draw(st.one_of(st.just(0.0), ticks(0, 200))),
         "deferred_kv_share": draw(st.sampled_from((1.0, 1.0, 0.5, 0.0))),
         "reserve_ratio": draw(share),
         "reserve_new_ratio": draw(share),

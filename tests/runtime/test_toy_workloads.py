@@ -279,6 +279,16 @@ def test_relegation_lets_the_one_through_that_can_still_make_it() -> None:
         assert in_ticks(run["finish_s"]) == finish and run["missed"] == missed
 
 
+def test_a_deferred_request_whose_window_is_too_short_lets_another_one_through() -> None:
+    """Each takes 16 + 4 ticks to its first token and 17 to its second: 37. The first to be due has but 30."""
+    trace = toy_trace(deferred(0, 4, 2, window_s=30 * TICK_S), deferred(0, 4, 2, window_s=60 * TICK_S))
+    for margin, kept in ((0, 0), (37, 1)):
+        run = ToyRun(ONE_SEAT, trace, deferred_order=DEADLINE, deferred_margin_s=margin * TICK_S)
+        run.advance()
+        assert run.state.classes["kept"][DEFERRED] == kept
+    assert in_ticks(run["finish_s"])[1] == 37 and run["relegated"] == [1, 0]
+
+
 def test_cached_prefix_saves_its_blocks_and_counts_against_relegation() -> None:
     for caching, finish, hits in ((1, 20, 4), (0, 24, 0)):
         trace = toy_trace(immediate(0, 8, 1, prefix_tokens=7, ttft_slo_s=30 * TICK_S))

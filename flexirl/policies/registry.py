@@ -1,4 +1,4 @@
-"""Policies by name: a hand-written rule with the knobs of `conf/policy/<name>.yaml`, or an exported network's file."""
+"""Policies by name: a rule with the knobs of `conf/policy/<name>.yaml`, the packaged network, or one in a file."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ HEURISTICS: dict[str, type[Heuristic]] = {
         ImmediateOnly, DeferredOnly,
     )
 }  # fmt: skip
+# The network that comes with the package: trained on many scenarios, for use without training (`make pretrained`).
+PRETRAINED, PRETRAINED_FILE = "pretrained", Path(__file__).resolve().parent / "pretrained.onnx"
 _NETWORK_KNOBS = {"fallback": "str", "time_limit_s": "float | None"}  # of `conf/policy/file.yaml`
 _SPECS = Path(__file__).resolve().parent.parent / "conf" / "policy"
 
@@ -42,18 +44,20 @@ def policy_names() -> list[str]:
 
 
 def make_policy(name_or_path: str, knobs: Mapping[str, Any] | None = None) -> Policy:
-    """The policy of that name, or the one exported to that .onnx file.
+    """The policy of that name, `pretrained` among them, or the one exported to that .onnx file.
 
     knobs: replace those of `conf/policy/<name>.yaml`. Raises UserError for an unknown name or knob or a bad value.
     """
-    if name_or_path.endswith(".onnx"):
+    path = str(PRETRAINED_FILE) if name_or_path == PRETRAINED else name_or_path
+    if path.endswith(".onnx"):
         # Only a learned policy needs the network's runtime, which takes long to import.
         from flexirl.policies.learned import load_policy
 
-        return load_policy(name_or_path, **_checked(name_or_path, _NETWORK_KNOBS, knobs or {}))
+        return load_policy(path, **_checked(name_or_path, _NETWORK_KNOBS, knobs or {}))
     if name_or_path not in HEURISTICS:
         raise UserError(
-            f"policy {name_or_path!r} is unknown; choose from {', '.join(policy_names())}, or give an .onnx file."
+            f"policy {name_or_path!r} is unknown; choose from {', '.join(policy_names())}, {PRETRAINED}, "
+            "or give an .onnx file."
         )
     rule = HEURISTICS[name_or_path]
     values = {**load_policy_spec(name_or_path), **(knobs or {})}

@@ -75,10 +75,12 @@ def search_budget(policy: HyGen, episodes: Episodes, slo: SLO) -> float:
     return low_s
 
 
-def search_dials(start: np.ndarray, worth: Callable[[np.ndarray], np.ndarray], seed: int) -> np.ndarray:
+def search_dials(
+    start: np.ndarray, worth: Callable[[np.ndarray], np.ndarray], seed: int, randoms: int = DIALS_RANDOM
+) -> np.ndarray:
     """The dial setting worth most: random settings first, then one dial after the other from the best.
 
-    worth: of settings (n, dials), (n,) numbers.
+    worth: of settings (n, dials), (n,) numbers; randoms: how many random settings, none for a search around the start.
     """
     rng = np.random.default_rng(seed)
     best, best_worth = start, -np.inf
@@ -89,7 +91,7 @@ def search_dials(start: np.ndarray, worth: Callable[[np.ndarray], np.ndarray], s
         if found.max() > best_worth:
             best, best_worth = candidates[found.argmax()], found.max()
 
-    consider(np.vstack([start, rng.uniform(-1.0, 1.0, (DIALS_RANDOM, len(start)))]))
+    consider(np.vstack([start, rng.uniform(-1.0, 1.0, (randoms, len(start)))]))
     for round_ in range(DIALS_ROUNDS):
         step = DIALS_STEP * 0.5**round_
         for dial in range(len(start)):

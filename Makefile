@@ -4,10 +4,16 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: train test bench clean
+.PHONY: train pretrained test bench clean
 
 train: .venv/installed
 	$(BIN)/python -m flexirl.train
+
+# The policy that comes with the package, trained anew: about an hour on two cores.
+pretrained: .venv/installed
+	$(BIN)/python -m flexirl.train mixture=general total_steps=3000000 validation.every_steps=300000 \
+		validation.members=60 hydra.run.dir=outputs/pretrained
+	cp outputs/pretrained/policy.onnx flexirl/policies/pretrained.onnx
 
 test: .venv/installed-test
 	$(BIN)/ruff check .

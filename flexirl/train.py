@@ -52,10 +52,15 @@ TUNED_ON = 16  # tasks of a mixture on which the constant dials to start from ar
 TUNED_EPISODES = 4  # on which each task of a mixture has its own constant dials searched
 
 
+def command() -> str:
+    """What started this run."""
+    return "python -m flexirl.train " + shlex.join(sys.argv[1:])
+
+
 def record_run(config: DictConfig, folder: Path) -> None:
     """What it takes to repeat the run: configuration, exact command, package versions."""
     OmegaConf.save(config, folder / "config.yaml", resolve=True)
-    (folder / "command.txt").write_text("python -m flexirl.train " + shlex.join(sys.argv[1:]) + "\n")
+    (folder / "command.txt").write_text(command() + "\n")
     versions = sorted(f"{d.metadata['Name']}=={d.version}" for d in distributions())
     (folder / "packages.txt").write_text("\n".join(dict.fromkeys(versions)) + "\n")
 
@@ -207,8 +212,8 @@ def report(
     else:
         metadata = {
             "action": task.action, "immediate_order": task.immediate_order, "deferred_order": task.deferred_order,
-            "interval_s": task.interval_s, "training": OmegaConf.to_container(config, resolve=True),
-            "validation": watching.best,
+            "interval_s": task.interval_s, "command": command(),
+            "training": OmegaConf.to_container(config, resolve=True), "validation": watching.best,
         }  # fmt: skip
         export(agent, folder / "policy.onnx", metadata)
         names.insert(0, str(folder / "policy.onnx"))

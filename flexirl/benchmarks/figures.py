@@ -33,8 +33,10 @@ def all_figures(benchmark: Benchmark, revenue: Scores, reference: str) -> dict[s
         "leaderboard": leaderboard(revenue),
         "wins": win_matrix(revenue),
         "suites": by_suite(revenue),
-        "frontier": frontier(rows, revenue.policies),
     }
+    mixed = [row for row in rows if row["deferred_share_of_deferred_only"] is not None]
+    if mixed:
+        figures["frontier"] = frontier(mixed, revenue.policies)
     for suite in dict.fromkeys(row["suite"] for row in rows):
         found = against_load([row for row in rows if row["suite"] == suite], revenue.policies, suite)
         if found is not None:
@@ -105,11 +107,10 @@ def by_suite(revenue: Scores) -> Figure:
     return figure
 
 
-def frontier(rows: Sequence[Row], policies: Sequence[str]) -> Figure:
-    """Immediate attainment against deferred throughput, means over the scenarios with deferred work."""
+def frontier(mixed: Sequence[Row], policies: Sequence[str]) -> Figure:
+    """Immediate attainment against deferred throughput, means over rows of scenarios with deferred work."""
     figure = new_figure(7.5, 4.6)
     axes = figure.subplots()
-    mixed = [row for row in rows if row["deferred_share_of_deferred_only"] is not None]
     points: dict[str, tuple[float, float]] = {}
     for name in (*policies, "immediate_only"):
         mine = [row for row in mixed if row["policy"] == name]

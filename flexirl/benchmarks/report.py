@@ -199,8 +199,9 @@ def _page(benchmark: Benchmark, revenue: Scores, tables: dict[str, Table], pictu
         _list(findings(revenue)),
         "<h2>Leaderboard</h2>", _table(tables["leaderboard"]), _figures(pictures, "leaderboard", "wins"),
         "<h2>By suite</h2>", _figures(pictures, "suites"),
-        "<h2>Both classes</h2>", _figures(pictures, "frontier"),
     ]  # fmt: skip
+    if "frontier" in pictures:
+        parts += ["<h2>Both classes</h2>", _figures(pictures, "frontier")]
     if tables["capacity"]:
         parts += [
             "<h2>Capacity</h2>",

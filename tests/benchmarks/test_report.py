@@ -148,3 +148,11 @@ def test_the_studys_claims_may_come_out_either_way() -> None:
     assert "most influential distribution is zipf" in refuted[0] and "uniform is number 2 of 2" in refuted[0]
     assert "still matters" in refuted[1]
     assert re.search(r"factor of 1\.73", refuted[0])  # sqrt(3): 3 by one side, 1 by the other
+
+
+def test_without_deferred_work_there_is_no_frontier(tmp_path: Path) -> None:
+    benchmark = fixed_benchmark()
+    for row in benchmark.rows:
+        row["deferred_share_of_deferred_only"] = None
+    write_report(benchmark, tmp_path)
+    assert not (tmp_path / "frontier.png").exists() and "Both classes" not in (tmp_path / "report.html").read_text()

@@ -122,7 +122,7 @@ def run(config: DictConfig) -> None:
     print(f"profile: mean error {fit['mape']:.2%}, 95th percentile {fit['p95_error']:.2%}, R2 {fit['r2']:.4f}")
     print(table(rows))
     if engine.values["prefix_caching"] and not record.trace.rows["prefix_tokens"].any():
-        print("Prefix caching was on, but the record does not say which prompts began alike: each is computed in full.")
+        print("Prefix caching was on, but the record does not say which prompts began alike: none shares blocks.")
     folder = output_folder()
     (folder / "validation.json").write_text(json.dumps(rows, indent=1) + "\n")
     save_profile(engine, folder / "profile.json")

@@ -5,13 +5,15 @@ A run folder's `requests.jsonl` has one object a line:
     input_toks, output_toks, arrival_time, queued_ts, first_token_ts, last_token_ts    seconds, the _ts on one clock
     prefix_tokens                                                                      optional, 0 where left out
 
-`prefix_tokens` are the tokens of the prompt that an earlier request had left in the cache. A record without them
-cannot tell which prompts began alike, so the replay computes every prompt in full.
+`prefix_tokens` are the tokens of the prompt that an earlier request had left in the cache. They save computing but no
+memory: vLLM holds a block that two running requests share once, the replay twice. A record without them cannot tell
+which prompts began alike, so the replay computes every prompt in full.
 
 A request counts from the moment the engine takes it in (`queued_ts`), which it does between two iterations, so the
 replay is driven by when clients sent (`arrival_time`) and takes requests in between its own iterations. With
 asynchronous scheduling vLLM chooses an iteration when the one before it begins (`step_with_batch_queue` in
-`vllm/v1/engine/core.py`): whoever arrives during an iteration sits out the next one too.
+`vllm/v1/engine/core.py`): whoever arrives during an iteration sits out the next one too, and whoever ends in it keeps
+blocks and seat until the next one is chosen (`update_from_output` in `vllm/v1/core/sched/scheduler.py` frees them).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import numba as nb
 import numpy as np
 
 from flexirl.errors import UserError
+from flexirl.runtime.books import seats_taken
 from flexirl.runtime.engine import EngineProfile
 from flexirl.runtime.operators import read_meta
 from flexirl.runtime.policy import Policy, View
@@ -38,6 +41,8 @@ from flexirl.workloads.trace import Trace, check, empty_rows
 
 # Running and waiting requests and the share of the KV cache in use, `now_s` seconds after the first arrival.
 SERIES = np.dtype([("now_s", "f8"), ("running", "f8"), ("waiting", "f8"), ("kv_share", "f8")])
+# When the next iteration is chosen, and what requests that end later than that still hold then.
+_CHOICE = np.dtype([("now_s", "f8"), ("held_blocks", "i8"), ("held_seats", "i8")])
 _TIMES = ("queued_ts", "first_token_ts", "last_token_ts")
 
 
@@ -146,10 +151,10 @@ def replay(
     policy.reset(view)
     queued_s = trace.rows["arrival_s"].copy()
     series: list[tuple[float, ...]] = []
-    planned_s = 0.0
+    choice = np.zeros(1, dtype=_CHOICE)
     while int(state.classes["finished"].sum() + state.classes["ended_otherwise"].sum()) < len(trace):
         state.decision[0] = policy.decide(view)
-        planned_s = _advance(state, trace.rows, asynchronous, queued_s, planned_s, len(series) * tick_s)
+        _advance(state, trace.rows, asynchronous, queued_s, choice, len(series) * tick_s)
         series.append(_series_row(state))
     requests = state.requests
     refused = np.flatnonzero(requests["status"] != FINISHED)
@@ -163,32 +168,48 @@ def replay(
 
 @nb.njit(cache=True)
 def _advance(
-    state: State, trace: np.ndarray, asynchronous: bool, queued_s: np.ndarray, planned_s: float, until_s: float
-) -> float:
-    """Runs until the clock reaches `until_s`; `planned_s` is when the next iteration was chosen, and so is the result.
+    state: State, trace: np.ndarray, asynchronous: bool, queued_s: np.ndarray, choices: np.ndarray, until_s: float
+) -> None:
+    """Runs until the clock reaches `until_s`; `choices` is one `_CHOICE`, the next.
 
     Writes the time at which each request was taken in into `queued_s`.
     """
-    scheduler, batch, engine = state.scheduler[0], state.batch[0], state.engine[0]
+    scheduler, batch, engine, choice = state.scheduler[0], state.batch[0], state.engine[0], choices[0]
     apply(state)
     while scheduler.now_s < until_s:
         first = scheduler.trace_next
-        arrive(state, trace, planned_s)
-        queued_s[first : scheduler.trace_next] = planned_s
-        plan(state)
+        arrive(state, trace, choice.now_s)
+        queued_s[first : scheduler.trace_next] = choice.now_s
+        _plan(state, choice)
         if batch.prefill_tokens > 0 or batch.decode_sequences > 0:
-            began_s = scheduler.now_s
+            began_s, free_blocks, seats = scheduler.now_s, scheduler.free_blocks, seats_taken(state)
             commit(state, step_time(engine, batch))
-            planned_s = began_s if asynchronous else scheduler.now_s
+            choice.now_s = scheduler.now_s
+            if asynchronous:
+                choice.now_s = began_s
+                choice.held_blocks = scheduler.free_blocks - free_blocks
+                choice.held_seats = seats - seats_taken(state)
             continue
-        if planned_s == scheduler.now_s:
+        if choice.now_s == scheduler.now_s:
             # Idle: the next request finds nothing in flight and is scheduled on the spot.
             scheduler.now_s = until_s
             if scheduler.trace_next < scheduler.trace_length:
                 scheduler.now_s = min(trace[scheduler.trace_next].arrival_s, until_s)
             settle(state)
-        planned_s = scheduler.now_s
-    return planned_s
+        choice.now_s = scheduler.now_s
+
+
+@nb.njit(cache=True)
+def _plan(state: State, choice) -> None:
+    """Plans the next iteration with what `choice` knew: what ended later still has its blocks and its seat."""
+    scheduler, engine = state.scheduler[0], state.engine[0]
+    scheduler.free_blocks -= choice.held_blocks
+    engine.max_running -= choice.held_seats
+    plan(state)
+    scheduler.free_blocks += choice.held_blocks
+    engine.max_running += choice.held_seats
+    choice.held_blocks = 0
+    choice.held_seats = 0
 
 
 def _series_row(state: State) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ import numba as nb
 import numpy as np
 
 from flexirl.runtime.state import ARRIVAL, DEADLINE, FAIR, SCORE, SHORTEST, WAITING, State
+from flexirl.runtime.step_time import decodes_cost, prefill_slope
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 NONE = -1
@@ -58,17 +59,28 @@ def _key(state: State, r: int) -> float:
     group = state.classes[request.request_class]
     if group.order == ARRIVAL or group.order == FAIR:
         return request.arrival_s
-    if group.order == SHORTEST:
-        return float(owed_tokens(request))
     if group.order == SCORE:
         return -request.score
     remaining = float(owed_tokens(request))
     if request.request_class == DEFERRED:
-        remaining += max(group.order_expected - request.generated, 0.0)
-        due_s = request.deadline_s
-    else:
-        due_s = request.ttft_deadline_s
+        if request.predicted_output_tokens > 0:
+            remaining += _predicted_work(state.engine[0], request)
+        elif group.order == DEADLINE:
+            remaining += max(group.order_expected - request.generated, 0.0)
+    if group.order == SHORTEST:
+        return remaining
+    due_s = request.deadline_s if request.request_class == DEFERRED else request.ttft_deadline_s
     return min(due_s, _NEVER_DUE_S) + group.order_weight_s * remaining
+
+
+@nb.njit(cache=True)
+def _predicted_work(engine, request) -> float:
+    """The output predicted to come, in tokens of prefill that take as long."""
+    tokens = max(request.predicted_output_tokens - request.generated, 0)
+    slope_s = prefill_slope(engine)
+    if slope_s <= 0:
+        return float(tokens)
+    return tokens * (decodes_cost(engine, 1, float(request.prompt_tokens + request.generated)) / slope_s)
 
 
 # What is due at no time counts as due at one common time, so that the weight alone sorts it, behind all else.

@@ -46,7 +46,7 @@ from flexirl.runtime.state import (
     WAITING,
     State,
 )
-from flexirl.runtime.step_time import prefill_slope, step_time_with_decodes
+from flexirl.runtime.step_time import decodes_cost, step_time_with_decodes
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 
@@ -314,13 +314,6 @@ def _take_stock(state: State) -> None:
         scheduler.deferred_target_s = min(scheduler.deferred_target_s, decision.deferred_slack * slack_s)
         floor = int(decision.deferred_decodes * waiting_decodes)
         scheduler.deferred_floor = max(scheduler.deferred_floor, floor)
-
-
-@nb.njit(cache=True)
-def decodes_cost(engine, decodes: int, context: float) -> float:
-    """Seconds that `decodes` decodes, attending to `context` tokens together, add to a large iteration."""
-    per_decode_s = prefill_slope(engine) + engine.per_sequence_s
-    return decodes * per_decode_s + context * (engine.per_context_s + engine.per_mixed_context_s)
 
 
 @nb.njit(cache=True)

@@ -140,6 +140,7 @@ WORK = np.dtype(  # one record per kind of work: its requests and, if all decode
 SEGMENT = np.dtype([("owner", "i4"), ("blocks", "i4")], align=True)  # freed blocks, oldest first; owner -1: nobody
 
 # Queue orders. DEADLINE sorts by deadline + order_weight_s x remaining tokens: EDF at 0, laxity below, QoServe above.
+# SHORTEST by remaining tokens. Of deferred requests, predicted output counts as the prefill that takes as long.
 ARRIVAL, DEADLINE, SHORTEST, FAIR, SCORE = range(5)
 # Disciplines. ONE_QUEUE: the classes share one queue. PRIORITY: running requests first, then waiting ones, immediate
 # ahead of deferred. CLASSES: all immediate work, then deferred work in what is left.
@@ -179,7 +180,8 @@ DECISION = np.dtype(
         ("reserve_new_ratio", "f8"),  # the same for the request to be admitted
         ("reserve_clip", "f8"),  # output tokens counted per request at most
         ("order_weight_s", "f8"),  # seconds per remaining token in the DEADLINE order
-        ("expected_output", "f8"),  # output tokens a deferred request is expected to make, for the DEADLINE order
+        # Output tokens a deferred request is expected to make, for the DEADLINE order where nothing predicts them.
+        ("expected_output", "f8"),
     ],
     align=True,
 )

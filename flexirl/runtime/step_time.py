@@ -135,6 +135,13 @@ def prefill_slope(engine):
     return engine.per_token_s + engine.per_token_64_s + engine.per_token_128_s + engine.per_token_256_s
 
 
+@njit(cache=True)
+def decodes_cost(engine, decodes: int, context: float) -> float:
+    """Seconds that `decodes` decodes, attending to `context` tokens together, add to a large iteration."""
+    per_decode_s = prefill_slope(engine) + engine.per_sequence_s
+    return decodes * per_decode_s + context * (engine.per_context_s + engine.per_mixed_context_s)
+
+
 def design_matrix(features: np.ndarray) -> np.ndarray:
     """Columns of the linear model: float array (rows, coefficients) from `BATCH` records, in `COEFFICIENTS` order."""
     tokens = (features["prefill_tokens"] + features["decode_sequences"]).astype(float)

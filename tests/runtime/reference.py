@@ -429,14 +429,20 @@ class Reference:
         order, weight_s, expected = self.orders[request.deferred]
         if order in (ARRIVAL, FAIR):
             value = request.arrival_s
-        elif order == SHORTEST:
-            value = request.owed
-        elif order == DEADLINE:
-            further = max(expected - request.generated, 0) if request.deferred else 0
-            due_s = request.deadline_s if request.deferred else request.first_due_s
-            value = min(due_s, NEVER_DUE_S) + weight_s * (request.owed + further)
-        else:
+        elif order not in (SHORTEST, DEADLINE):
             value = -request.score
+        else:
+            remaining = request.owed
+            if request.deferred and request.row["predicted_output_tokens"]:
+                engine, context = self.engine, request.prompt + request.generated
+                decode_s = self.slope_s() + engine["per_sequence_s"]
+                decode_s += context * (engine["per_context_s"] + engine["per_mixed_context_s"])
+                to_come = max(request.row["predicted_output_tokens"] - request.generated, 0)
+                remaining += to_come * (decode_s / self.slope_s())
+            elif request.deferred and order == DEADLINE:
+                remaining += max(expected - request.generated, 0)
+            due_s = request.deadline_s if request.deferred else request.first_due_s
+            value = remaining if order == SHORTEST else min(due_s, NEVER_DUE_S) + weight_s * remaining
         return request.relegated, min(value, LATEST_KEY), request.number
 
     def hopeless(self, request: Request) -> bool:

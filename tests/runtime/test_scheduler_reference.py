@@ -49,6 +49,7 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
         "max_tokens": output + draw(st.integers(0, 4)),
         "num_images": images if of_image else 0,
         "image_tokens": of_image,
+        "predicted_output_tokens": draw(st.sampled_from((0, 0, 1, 7, 20))),
         "prefix_tokens": draw(st.sampled_from((0, 0, prompt // 2, prompt))),
     }
     return kind(draw(ticks(0, 300)), prompt, output, **some, **more)

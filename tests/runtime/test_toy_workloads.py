@@ -271,6 +271,15 @@ def test_shortest_first_and_the_weight_of_the_deadline_order() -> None:
         assert in_ticks(run["finish_s"]) == finish
 
 
+def test_predicted_output_counts_as_the_prefill_that_takes_as_long() -> None:
+    """Prefill takes a tick a token, a decode after n tokens 1 + n: 8 + 9 come before 4 + 3 x 5, 10 + 11 after it."""
+    for prompt, first in ((8, 0), (10, 1)):
+        predicted = [deferred(0, prompt, 1, predicted_output_tokens=1), deferred(0, 4, 3, predicted_output_tokens=3)]
+        run = ToyRun(toy_engine(max_running=1, per_context_s=TICK_S), toy_trace(*predicted), deferred_order=SHORTEST)
+        run.drain()
+        assert int(np.argmin(run["finish_s"])) == first
+
+
 def test_relegation_lets_the_one_through_that_can_still_make_it() -> None:
     trace = toy_trace(immediate(0, 8, 1, ttft_slo_s=3 * TICK_S), immediate(0, 4, 1, ttft_slo_s=30 * TICK_S))
     for relegate, finish, missed in ((0, [24, 44], [1, 1]), (1, [44, 20], [1, 0])):

@@ -23,7 +23,8 @@ from transformers.utils import logging as transformers_logging
 from flexirl.errors import UserError
 from flexirl.runtime.kernels import plan_attention
 from flexirl.runtime.kv_cache import blocks_for
-from flexirl.runtime.models.attention import NAME, PagedIteration, Unsupported
+from flexirl.runtime.models.attention import NAME, PagedIteration, Rotation, Unsupported
+from flexirl.runtime.models.fusing import fuse
 from flexirl.runtime.models.tiny import SHAPES, tiny_model
 
 _PROBE_TOKENS, _PROBE_BLOCK = 40, 16
@@ -68,11 +69,14 @@ class LoadedModel:
         return self.model.dtype
 
 
-def load_model(name_or_path: str | Path, device: str = "cpu", dtype: str | None = None) -> LoadedModel:
+def load_model(
+    name_or_path: str | Path, device: str = "cpu", dtype: str | None = None, fused: bool | None = None
+) -> LoadedModel:
     """One of the tiny models by name, or the model in a folder.
 
-    dtype: float32, bfloat16 or float16; None takes float32 on a CPU and bfloat16 elsewhere. Raises UserError for a
-    folder that is missing, incomplete, damaged or pickled, for a model that cannot be run, and where memory is short.
+    dtype: float32, bfloat16 or float16; None takes float32 on a CPU and bfloat16 elsewhere. fused: whether fused
+    kernels replace what they stand in for; None: on CUDA. Raises UserError for a folder that is missing, incomplete,
+    damaged or pickled, for a model that cannot be run, and where memory is short.
     """
     where = _device(device)
     wanted = _dtype(dtype or ("float32" if where.type == "cpu" else "bfloat16"))
@@ -84,7 +88,8 @@ def load_model(name_or_path: str | Path, device: str = "cpu", dtype: str | None 
         _check_weights(folder, where, wanted)
         model = _load(folder, config, where, wanted)
         tokenizer = _tokenizer(folder)
-        geometry, vocab_size = _probe(model, folder)
+        fused = where.type == "cuda" if fused is None else fused
+        geometry, vocab_size = _probe(model, folder, fused)
     text_config = config.get_text_config()
     return LoadedModel(
         name=str(name_or_path) if str(name_or_path) in SHAPES else folder.resolve().name,
@@ -226,8 +231,11 @@ def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(token for token in tokens if token is not None))
 
 
-def _probe(model: PreTrainedModel, folder: Path) -> tuple[Geometry, int]:
-    """Puts our attention into the model and checks it against the model's own; returns what the layers are."""
+def _probe(model: PreTrainedModel, folder: Path, fused: bool) -> tuple[Geometry, int]:
+    """Puts our attention into the model and checks it against the model's own; returns what the layers are.
+
+    fused: the fused kernels too, as far as they give the same.
+    """
     try:
         tokens = torch.arange(7, 7 + _PROBE_TOKENS, device=model.device)
         expected = model(input_ids=tokens[None], use_cache=False).logits[0]
@@ -238,10 +246,23 @@ def _probe(model: PreTrainedModel, folder: Path) -> tuple[Geometry, int]:
         raise _refusal(folder, str(reason)) from None
     except Exception as error:
         raise _refusal(folder, f"a trial run failed with {type(error).__name__}: {_first_line(error)}") from None
-    distance = float((logits - expected).float().norm() / expected.float().norm())
+    distance = _distance(logits, expected)
     if not distance <= _TOLERANCE[model.dtype]:
         raise _refusal(folder, f"with paged attention its logits are {distance:.1%} off, so its attention is not plain")
+
+    def agrees() -> bool:
+        try:
+            return _distance(_paged_logits(model, tokens, geometry), expected) <= _TOLERANCE[model.dtype]
+        except Exception:  # whatever a replaced module is called with, the model runs without it too
+            return False
+
+    if fused:
+        fuse(model, agrees)
     return geometry, logits.shape[-1]
+
+
+def _distance(logits: Tensor, expected: Tensor) -> float:
+    return float((logits - expected).float().norm() / expected.float().norm())
 
 
 def _geometry(model: PreTrainedModel, tokens: Tensor) -> Geometry:
@@ -257,6 +278,7 @@ def _geometry(model: PreTrainedModel, tokens: Tensor) -> Geometry:
         scale: float,
         sliding_window: int | None,
         softcap: float | None,
+        rotation: Rotation | None,
     ) -> Tensor:
         if key.shape != value.shape:
             raise Unsupported("keys and values differ in size, as in multi-head latent attention")

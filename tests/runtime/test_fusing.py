@@ -96,6 +96,7 @@ def test_what_does_not_match_stays(tmp_path: Path, kind: str, settings: dict[str
 
 def test_a_replacement_that_changes_the_model_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(FAMILIES["llama"], tmp_path, seed=1)
+
     def wrong(model: Any) -> Any:
         for module in model.modules():
             if type(module).__name__ == "LlamaMLP":

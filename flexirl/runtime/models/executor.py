@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -11,13 +12,16 @@ from torch import Tensor
 
 from flexirl.errors import UserError
 from flexirl.runtime.engine import EngineProfile
-from flexirl.runtime.executor import Batch, Moves, Outcome, OutOfMemory
+from flexirl.runtime.executor import Batch, Interrupted, Moves, Outcome, OutOfMemory
 from flexirl.runtime.host_cache import HostCache
-from flexirl.runtime.kernels import plan_attention
+from flexirl.runtime.kernels import AttentionBatch, plan_attention
 from flexirl.runtime.kv_cache import blocks_for
 from flexirl.runtime.models.attention import PagedIteration
+from flexirl.runtime.models.decode_graphs import Capture, DecodeGraphs, capture_graph
 from flexirl.runtime.models.loading import LoadedModel, total_memory
 from flexirl.runtime.sampling import Logprobs, choose, likeliest, log_probabilities
+
+_LOG = logging.getLogger(__name__)
 
 # Share of a device's memory that weights, cache and activations may take together, and of the machine's memory that
 # the cache may take where there is no other device.
@@ -38,6 +42,7 @@ class ModelExecutor:
         blocks, host_blocks = int(profile.values["kv_blocks"]), int(profile.values["host_kv_blocks"])
         # On a CPU the tensors made of a batch are its own memory, so they serve for all that come as the same object.
         self._seen: tuple[Batch | None, tuple[Tensor, ...]] = (None, ())
+        self._graphs: DecodeGraphs | None = None
         geometry = model.geometry
         shape = (2 * geometry.layers, blocks, self._block_size, geometry.kv_heads, geometry.head_dim)
         try:
@@ -51,6 +56,19 @@ class ModelExecutor:
                 f"engine.kv_blocks={blocks} and engine.host_kv_blocks={host_blocks} take {gigabytes:.1f} GiB, which "
                 f"{model.device} and this machine do not have left; give smaller numbers."
             ) from None
+        if self._cache.is_cuda:
+            try:
+                self.pad_decodes(capture_graph(torch.cuda.graph_pool_handle()))
+            except Exception as error:  # a model that decides on the host what to launch runs without
+                _LOG.warning("decodes run without CUDA graphs: %s", error)
+
+    def pad_decodes(self, capture: Capture) -> None:
+        """From here on batches that only decode run padded, by what `capture` makes of the forward; on CUDA at once."""
+        limits = self.profile.values
+        self._graphs = DecodeGraphs(
+            self._decode, self._plan, int(limits["max_running"]),
+            blocks_for(int(limits["max_model_len"]), self._block_size), self._block_size, self._cache.device, capture,
+        )  # fmt: skip
 
     @property
     def free_host_blocks(self) -> int:
@@ -68,18 +86,22 @@ class ModelExecutor:
     def execute(self, batch: Batch, sampling: np.ndarray | None, interrupted: Callable[[], bool] | None) -> Outcome:
         """See `Executor`."""
         try:
-            tokens, positions, slots, sampled_rows, block_table = self._tensors(batch)
-            attention = plan_attention(
-                batch.query_lens, batch.context_lens, block_table, self._cache.device,
-                num_heads=self._geometry.heads, num_kv_heads=self._geometry.kv_heads, block_size=self._block_size,
-            )  # fmt: skip
-            paged = PagedIteration(self._cache, slots, attention, interrupted)
-            del attention  # so that all it makes is gone when the model is done
-            began = time.perf_counter()
-            logits = self._model(
-                input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=sampled_rows, paged=paged
-            ).logits[0]
-            del paged
+            if self._graphs is not None and self._graphs.takes(batch):
+                if interrupted is not None and interrupted():  # a graph runs whole
+                    raise Interrupted
+                self._graphs.fill(batch)
+                began = time.perf_counter()
+                logits = self._graphs.run()
+                if len(batch.sampled_rows) < len(logits):
+                    logits = logits[batch.sampled_rows]
+            else:
+                tokens, positions, slots, sampled_rows, block_table = self._tensors(batch)
+                attention = self._plan(batch.query_lens, batch.context_lens, block_table)
+                paged = PagedIteration(self._cache, slots, attention, interrupted)
+                del attention  # so that all it makes is gone when the model is done
+                began = time.perf_counter()
+                logits = self._forward(tokens, positions, sampled_rows, paged)
+                del paged
             forward_s = time.perf_counter() - began
             logprobs: dict[int, Logprobs] = {}
             if sampling is None:
@@ -96,6 +118,25 @@ class ModelExecutor:
             if self._cache.is_cuda:
                 torch.cuda.empty_cache()
             raise OutOfMemory from error
+
+    def _plan(
+        self, query_lens: np.ndarray, context_lens: np.ndarray, block_table: np.ndarray | Tensor,
+        graph_context: int | None = None,
+    ) -> AttentionBatch:  # fmt: skip
+        return plan_attention(
+            query_lens, context_lens, block_table, self._cache.device, num_heads=self._geometry.heads,
+            num_kv_heads=self._geometry.kv_heads, block_size=self._block_size, graph_context=graph_context,
+        )  # fmt: skip
+
+    def _forward(self, tokens: Tensor, positions: Tensor, rows: Tensor | int, paged: PagedIteration) -> Tensor:
+        """Logits (S, vocabulary) of `rows`, all for 0; tokens, positions: (1, T)."""
+        logits: Tensor = self._model(
+            input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=rows, paged=paged
+        ).logits[0]
+        return logits
+
+    def _decode(self, tokens: Tensor, positions: Tensor, slots: Tensor, attention: AttentionBatch) -> Tensor:
+        return self._forward(tokens[None], positions[None], 0, PagedIteration(self._cache, slots, attention))
 
     def _tensors(self, batch: Batch) -> tuple[Tensor, ...]:
         """Tokens and positions (1, T), slots (T,), sampled rows (S,), block table (N, widest) on the device."""

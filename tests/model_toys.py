@@ -23,6 +23,20 @@ FAMILIES = {
     name: {**SHAPES["tiny"], "model_type": name, **SMALL, **others}
     for name, others in {"llama": {}, "qwen3": {}, "mistral": {"sliding_window": 11}}.items()
 }
+_TINY_VL = SHAPES["tiny-vl"]
+_VISION = {**_TINY_VL["vision_config"], "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
+           "window_size": 16, "out_hidden_size": 48}  # fmt: skip
+_TEXT = {**_TINY_VL["text_config"], **SMALL, "rope_parameters": {
+    "rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}  # fmt: skip
+# Models that take images.
+SEEING = {
+    "qwen2_5_vl": {**_TINY_VL, "text_config": _TEXT, "vision_config": _VISION},
+    "qwen2_vl": {
+        **_TINY_VL, "model_type": "qwen2_vl", "text_config": _TEXT,
+        "vision_config": {"depth": 2, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2,
+                          "patch_size": 4, "spatial_merge_size": 2, "initializer_range": 0.0625},
+    },
+}  # fmt: skip
 ENGINE: dict[str, float] = {
     "kv_blocks": 40, "host_kv_blocks": 30, "block_size": 4, "max_running": 8, "max_tokens_per_step": 24,
     "max_model_len": 100, "prefix_caching": 1,

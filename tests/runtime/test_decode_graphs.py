@@ -112,6 +112,7 @@ def decodes(context_lens: list[int], first_block: int) -> Batch:
         tokens=np.arange(len(contexts)) + 65, positions=contexts - 1, slots=slots,
         query_lens=np.ones(len(contexts), np.int64), context_lens=contexts, block_table=table,
         sampled_rows=np.arange(len(contexts)), draws=np.zeros(len(contexts)),
+        requests=np.arange(len(contexts), dtype=np.int32),
     )  # fmt: skip
 
 

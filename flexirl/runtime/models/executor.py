@@ -18,7 +18,9 @@ from flexirl.runtime.kernels import AttentionBatch, plan_attention
 from flexirl.runtime.kv_cache import blocks_for
 from flexirl.runtime.models.attention import PagedIteration
 from flexirl.runtime.models.decode_graphs import Capture, DecodeGraphs, capture_graph
+from flexirl.runtime.models.images import ImageTable, Pictured
 from flexirl.runtime.models.loading import LoadedModel, total_memory
+from flexirl.runtime.requests import Request
 from flexirl.runtime.sampling import Logprobs, choose, likeliest, log_probabilities
 
 _LOG = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class ModelExecutor:
         # On a CPU the tensors made of a batch are its own memory, so they serve for all that come as the same object.
         self._seen: tuple[Batch | None, tuple[Tensor, ...]] = (None, ())
         self._graphs: DecodeGraphs | None = None
+        self._images = ImageTable(model.vision) if model.vision is not None else None
         geometry = model.geometry
         shape = (2 * geometry.layers, blocks, self._block_size, geometry.kv_heads, geometry.head_dim)
         try:
@@ -79,14 +82,30 @@ class ModelExecutor:
         """See `Executor`."""
         return self._host.move(moves)
 
+    def check_images(self, request: Request) -> int:
+        """See `Executor`."""
+        if self._images is None:
+            raise UserError(f"Request {request.id} has images and the model takes none; send text alone.")
+        return self._images.vision.check(request)
+
+    def take_images(self, r: int, request: Request) -> None:
+        """See `Executor`."""
+        assert self._images is not None
+        self._images.enter(r, request.prompt, request.images)
+
     def forget(self, r: int) -> None:
         """See `Executor`."""
         self._host.forget(r)
+        if self._images is not None:
+            self._images.forget(r)
 
     def execute(self, batch: Batch, sampling: np.ndarray | None, interrupted: Callable[[], bool] | None) -> Outcome:
         """See `Executor`."""
         try:
-            if self._graphs is not None and self._graphs.takes(batch):
+            pictured = None
+            if self._images is not None:
+                batch, pictured = self._images.place(batch)
+            if self._graphs is not None and pictured is None and self._graphs.takes(batch):
                 if interrupted is not None and interrupted():  # a graph runs whole
                     raise Interrupted
                 self._graphs.fill(batch)
@@ -100,7 +119,7 @@ class ModelExecutor:
                 paged = PagedIteration(self._cache, slots, attention, interrupted)
                 del attention  # so that all it makes is gone when the model is done
                 began = time.perf_counter()
-                logits = self._forward(tokens, positions, sampled_rows, paged)
+                logits = self._forward(tokens, positions, sampled_rows, paged, pictured)
                 del paged
             forward_s = time.perf_counter() - began
             logprobs: dict[int, Logprobs] = {}
@@ -128,11 +147,22 @@ class ModelExecutor:
             num_kv_heads=self._geometry.kv_heads, block_size=self._block_size, graph_context=graph_context,
         )  # fmt: skip
 
-    def _forward(self, tokens: Tensor, positions: Tensor, rows: Tensor | int, paged: PagedIteration) -> Tensor:
-        """Logits (S, vocabulary) of `rows`, all for 0; tokens, positions: (1, T)."""
+    def _forward(
+        self, tokens: Tensor, positions: Tensor, rows: Tensor | int, paged: PagedIteration,
+        pictured: Pictured | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Logits (S, vocabulary) of `rows`, all for 0; tokens, positions: (1, T), positions unless there are images."""
+        inputs = {"input_ids": tokens}
+        if pictured is not None:
+            embeddings = self._model.get_input_embeddings()(tokens)
+            embeddings[0, pictured.rows] = pictured.embed()
+            inputs = {"inputs_embeds": embeddings}
+            positions = torch.from_numpy(pictured.positions[:, None]).to(tokens.device)
         logits: Tensor = self._model(
-            input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=rows, paged=paged
+            **inputs, position_ids=positions, use_cache=False, logits_to_keep=rows, paged=paged
         ).logits[0]
+        if pictured is not None:
+            pictured.let_go()
         return logits
 
     def _decode(self, tokens: Tensor, positions: Tensor, slots: Tensor, attention: AttentionBatch) -> Tensor:

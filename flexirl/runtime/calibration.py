@@ -111,7 +111,7 @@ def make_batch(shape: Shape, executor: Executor, rng: np.random.Generator) -> tu
     return Batch(
         tokens=rng.integers(0, executor.vocab_size, ends[-1]), positions=positions, slots=slots, query_lens=query_lens,
         context_lens=context_lens, block_table=table, sampled_rows=ends - 1,
-        draws=np.zeros(len(blocks)),
+        draws=np.zeros(len(blocks)), requests=np.arange(len(blocks), dtype=np.int32),
     ), features  # fmt: skip
 
 

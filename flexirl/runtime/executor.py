@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from flexirl.runtime.engine import EngineProfile
+from flexirl.runtime.requests import Request
 from flexirl.runtime.sampling import Logprobs
 
 
@@ -34,6 +35,7 @@ class Batch(NamedTuple):
     block_table: np.ndarray  # int32 (N, widest)
     sampled_rows: np.ndarray  # int64 (S,): rows of the T tokens whose logits are wanted
     draws: np.ndarray  # float64 (S,), uniform in (0, 1)
+    requests: np.ndarray  # int32 (N,): their places in the scheduler's table
 
 
 class Outcome(NamedTuple):
@@ -80,6 +82,14 @@ class Executor(Protocol):
         sampling: `SAMPLING` (S,), None if all take the most likely token and ask for nothing else. interrupted: asked
         between two layers. Raises Interrupted if that says so, or OutOfMemory.
         """
+        ...
+
+    def check_images(self, request: Request) -> int:
+        """Tokens of the prompt that stand for the request's images; raises UserError if it cannot take them."""
+        ...
+
+    def take_images(self, r: int, request: Request) -> None:
+        """Request r has images, which were checked."""
         ...
 
     def forget(self, r: int) -> None:

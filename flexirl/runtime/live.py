@@ -173,6 +173,8 @@ class LiveEngine:
         longest = int(self._executor.profile.values["max_model_len"])
         tenants = len(self.state.tenants)
         request.check(longest, self._executor.vocab_size, tenants, self._tokenizer is not None)
+        if request.images:
+            self._executor.check_images(request)
         with self._lock:
             if request.id in self._known:
                 raise UserError(f"Request {request.id} is there already; give each request an id of its own.")
@@ -334,7 +336,11 @@ class LiveEngine:
         self._sampling[r] = (sampling.temperature, sampling.top_p, sampling.top_k, logprobs)
         self._watched += output.watched
         self._particular += not sampling.plain
-        enter(self.state, r, _row(request, arrival_s, self.view.slo))
+        row = _row(request, arrival_s, self.view.slo)
+        if request.images:
+            row["num_images"], row["image_tokens"] = len(request.images), self._executor.check_images(request)
+            self._executor.take_images(r, request)
+        enter(self.state, r, row)
         self._collect_ended()
 
     def _cancel(self, request_id: str) -> None:
@@ -456,6 +462,7 @@ class LiveEngine:
                 block_table=flat.blocks[: requests * widest].reshape(requests, widest),
                 sampled_rows=flat.sampled_rows[:sampled],
                 draws=flat.draws[:sampled],
+                requests=flat.requests[:requests],
             )
             self._batch_seen = sizes, batch
         return self._batch_seen[1]

@@ -53,6 +53,13 @@ class Update(NamedTuple):
     completion: Completion | None  # at the end
 
 
+class Image(NamedTuple):
+    """An image as the model's image processor prepares it; Qwen2-VL's names them pixel_values and image_grid_thw."""
+
+    pixels: Any  # float array or tensor (patches, numbers of a patch)
+    grid: tuple[int, int, int]  # patches in time, height and width
+
+
 @dataclass(frozen=True)
 class Request:
     """A request: token numbers in, at most `max_tokens` out.
@@ -60,7 +67,7 @@ class Request:
     request_class: IMMEDIATE or DEFERRED; ttft_s, tpot_s: its promise, None takes the engine's SLO for immediate
     requests and none for deferred ones; window_s: seconds until a deferred request expires; predicted_output_tokens:
     what a predictor says, 0 for none; arrival_s: on the engine's clock, None is now; listener: called from the engine's
-    thread with every token.
+    thread with every token; images: in the order of their tokens in the prompt.
     """
 
     id: str
@@ -75,6 +82,7 @@ class Request:
     predicted_output_tokens: int = 0
     arrival_s: float | None = None
     listener: Callable[[Update], None] | None = None
+    images: Sequence[Image] = ()
 
     @property
     def immediate(self) -> bool:

@@ -2,74 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
-import torch
 from live_toys import Constant, LiveRun, RandomPolicy
-from toys import toy_engine
+from model_toys import FAMILIES, CheckedExecutor, generate_alone
 
-from flexirl.runtime.executor import Batch, Outcome
-from flexirl.runtime.host_cache import HostCache
-from flexirl.runtime.models.executor import ModelExecutor
 from flexirl.runtime.models.loading import LoadedModel, load_model
-from flexirl.runtime.models.tiny import SHAPES, build
+from flexirl.runtime.models.tiny import build
 from flexirl.runtime.requests import Request
 from flexirl.runtime.sampling import Sampling
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
-
-# Smaller than the tiny models, with the same proportions; Mistral's window is shorter than most sequences.
-SMALL: dict[str, Any] = {
-    "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "initializer_range": 0.15,
-}  # fmt: skip
-FAMILIES = {"llama": {}, "qwen3": {}, "mistral": {"sliding_window": 11}}
-ENGINE: dict[str, float] = {
-    "kv_blocks": 40, "host_kv_blocks": 30, "block_size": 4, "max_running": 8, "max_tokens_per_step": 24,
-    "max_model_len": 100, "prefix_caching": 1,
-}  # fmt: skip
-
-
-class CheckedExecutor(ModelExecutor):
-    """The model executor, with a place to interfere between layers and its host cache open to checks."""
-
-    def __init__(self, model: LoadedModel) -> None:
-        super().__init__(model, toy_engine(**ENGINE))
-        self.host: HostCache = self._host
-        self.between_layers = lambda: None
-
-    def execute(self, batch: Batch, sampling: Any, interrupted: Any) -> Outcome:
-        """Interferes after every layer but the last, when the cache is half written."""
-
-        def ask() -> bool:
-            self.between_layers()
-            return interrupted is not None and interrupted()
-
-        return super().execute(batch, sampling, ask)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     """A small model of each family."""
     folder = tmp_path_factory.mktemp(request.param)
-    build({**SHAPES["tiny"], "model_type": request.param, **SMALL, **FAMILIES[request.param]}, folder, seed=1)
+    build(FAMILIES[request.param], folder, seed=1)
     return load_model(folder)
-
-
-def generate_alone(model: LoadedModel, request: Request) -> list[int]:
-    """What Transformers generates with its own attention and cache."""
-    own = model.model.config._attn_implementation
-    model.model.set_attn_implementation("sdpa")
-    with torch.inference_mode():
-        prompt = torch.tensor([request.prompt])
-        stop = {"eos_token_id": None} if request.sampling.ignore_eos else {}
-        tokens = model.model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=request.max_tokens, do_sample=False,
-            pad_token_id=0, **stop,
-        )[0]  # fmt: skip
-    model.model.set_attn_implementation(own)
-    return tokens[len(request.prompt) :].tolist()
 
 
 def test_no_schedule_changes_a_token(model: LoadedModel) -> None:

@@ -46,11 +46,18 @@ class AttentionBatch:
         return self._gather_buffers[kind]
 
     def copy_(self, other: AttentionBatch) -> None:
-        """Puts another batch, of the same shapes, into this one's tensors, where a captured CUDA graph reads them."""
-        assert self.work is not None and other.work is not None
-        self.block_table.copy_(other.block_table)
-        self.work.items.copy_(other.work.items)
-        self.work.merges.copy_(other.work.merges)
+        """Puts another batch of decodes into this one's tensors, where a captured CUDA graph reads them.
+
+        Of the same shapes, but that its block table may be narrower.
+        """
+        self.block_table[:, : other.block_table.shape[1]].copy_(other.block_table)
+        self.context_lens[:] = other.context_lens
+        if self.work is not None and other.work is not None:
+            self.work.items.copy_(other.work.items)
+            self.work.merges.copy_(other.work.merges)
+        else:  # what the reference made of the batch before
+            self.__dict__.pop("groups", None)
+            self._gather_buffers.clear()
 
 
 def plan_attention(
@@ -70,9 +77,9 @@ def plan_attention(
     the host or already on the device; it must not change while the batch is in use. num_heads, num_kv_heads,
     block_size: the model's and the cache's shape.
 
-    graph_context: for CUDA graphs of batches that only decode. Plans of the same S, block-table width and
-    `graph_context`, an upper bound of all their contexts, have tensors of the same shapes; so capture the model with
-    one such batch, and before each replay put the next plan into it with `copy_`. A batch with fewer sequences is
+    graph_context: for CUDA graphs of batches that only decode. Plans of the same S and `graph_context`, an upper bound
+    of all their contexts, have work of the same shapes; so capture the model with one such batch, its block table as
+    wide as can be, and before each replay put the next plan into it with `copy_`. A batch with fewer sequences is
     filled up with sequences of query and context length 1 whose tokens are not written (slot -1) and not used.
     """
     device = torch.device(device)

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from flexirl.runtime.executor import Interrupted
-from flexirl.runtime.kernels import AttentionBatch, paged_attention, write_kv
+from flexirl.runtime.kernels import AttentionBatch, paged_attention, rotary_write_kv, write_kv
 
 NAME = "flexirl_paged"
+Rotation = tuple[Tensor, Tensor]  # cosines and sines of a rotary embedding, each (T, dim), both halves alike
+_LEFT = "_left_rotation"  # the attribute of an attention layer between its own code and the attention function
 
 
 class Unsupported(Exception):
@@ -35,8 +37,9 @@ class Attend(Protocol):
         scale: float,
         sliding_window: int | None,
         softcap: float | None,
+        rotation: Rotation | None,
     ) -> Tensor:
-        """The attended values, (T, heads, dim)."""
+        """The attended values, (T, heads, dim); rotation: what query and key are still to be rotated by."""
         ...
 
 
@@ -65,6 +68,7 @@ class PagedIteration:
         scale: float,
         sliding_window: int | None,
         softcap: float | None,
+        rotation: Rotation | None,
     ) -> Tensor:
         """See `Attend`; raises Interrupted."""
         if self._interrupted is not None:
@@ -72,7 +76,10 @@ class PagedIteration:
             if self._interrupted():
                 raise Interrupted
         keys, values = self._cache[2 * layer], self._cache[2 * layer + 1]
-        write_kv(key, value, keys, values, self._slots)
+        if rotation is None:
+            write_kv(key, value, keys, values, self._slots)
+        else:
+            query = rotary_write_kv(query, key, value, *rotation, keys, values, self._slots)
         return paged_attention(query, keys, values, self._batch, scale, sliding_window, softcap)
 
     def _keep_pace(self, query: Tensor) -> None:
@@ -111,7 +118,15 @@ def _attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return paged(layer, queries, keys, values, scale, sliding_window, softcap)[None], None
+    rotation: Rotation | None = module.__dict__.pop(_LEFT, None)
+    if rotation is not None and rotation[0].shape[-1] != query.shape[-1]:
+        raise Unsupported("it rotates a part of each head")
+    return paged(layer, queries, keys, values, scale, sliding_window, softcap, rotation)[None], None
+
+
+def leave_rotation(module: nn.Module, cos: Tensor, sin: Tensor) -> None:
+    """Has an attention layer's next call of our attention rotate queries and keys; cos, sin: (1, T, dim)."""
+    module.__dict__[_LEFT] = cos[0], sin[0]
 
 
 AttentionInterface.register(NAME, _attention)

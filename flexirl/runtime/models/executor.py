@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -11,13 +12,18 @@ from torch import Tensor
 
 from flexirl.errors import UserError
 from flexirl.runtime.engine import EngineProfile
-from flexirl.runtime.executor import Batch, Moves, Outcome, OutOfMemory
+from flexirl.runtime.executor import Batch, Interrupted, Moves, Outcome, OutOfMemory
 from flexirl.runtime.host_cache import HostCache
-from flexirl.runtime.kernels import plan_attention
+from flexirl.runtime.kernels import AttentionBatch, plan_attention
 from flexirl.runtime.kv_cache import blocks_for
 from flexirl.runtime.models.attention import PagedIteration
+from flexirl.runtime.models.decode_graphs import Capture, DecodeGraphs, capture_graph
+from flexirl.runtime.models.images import ImageTable, Pictured
 from flexirl.runtime.models.loading import LoadedModel, total_memory
+from flexirl.runtime.requests import Request
 from flexirl.runtime.sampling import Logprobs, choose, likeliest, log_probabilities
+
+_LOG = logging.getLogger(__name__)
 
 # Share of a device's memory that weights, cache and activations may take together, and of the machine's memory that
 # the cache may take where there is no other device.
@@ -38,6 +44,8 @@ class ModelExecutor:
         blocks, host_blocks = int(profile.values["kv_blocks"]), int(profile.values["host_kv_blocks"])
         # On a CPU the tensors made of a batch are its own memory, so they serve for all that come as the same object.
         self._seen: tuple[Batch | None, tuple[Tensor, ...]] = (None, ())
+        self._graphs: DecodeGraphs | None = None
+        self._images = ImageTable(model.vision) if model.vision is not None else None
         geometry = model.geometry
         shape = (2 * geometry.layers, blocks, self._block_size, geometry.kv_heads, geometry.head_dim)
         try:
@@ -51,6 +59,19 @@ class ModelExecutor:
                 f"engine.kv_blocks={blocks} and engine.host_kv_blocks={host_blocks} take {gigabytes:.1f} GiB, which "
                 f"{model.device} and this machine do not have left; give smaller numbers."
             ) from None
+        if self._cache.is_cuda:
+            try:
+                self.pad_decodes(capture_graph(torch.cuda.graph_pool_handle()))
+            except Exception as error:  # a model that decides on the host what to launch runs without
+                _LOG.warning("decodes run without CUDA graphs: %s", error)
+
+    def pad_decodes(self, capture: Capture) -> None:
+        """From here on batches that only decode run padded, by what `capture` makes of the forward; on CUDA at once."""
+        limits = self.profile.values
+        self._graphs = DecodeGraphs(
+            self._decode, self._plan, int(limits["max_running"]),
+            blocks_for(int(limits["max_model_len"]), self._block_size), self._block_size, self._cache.device, capture,
+        )  # fmt: skip
 
     @property
     def free_host_blocks(self) -> int:
@@ -61,25 +82,45 @@ class ModelExecutor:
         """See `Executor`."""
         return self._host.move(moves)
 
+    def check_images(self, request: Request) -> int:
+        """See `Executor`."""
+        if self._images is None:
+            raise UserError(f"Request {request.id} has images and the model takes none; send text alone.")
+        return self._images.vision.check(request)
+
+    def take_images(self, r: int, request: Request) -> None:
+        """See `Executor`."""
+        assert self._images is not None
+        self._images.enter(r, request.prompt, request.images)
+
     def forget(self, r: int) -> None:
         """See `Executor`."""
         self._host.forget(r)
+        if self._images is not None:
+            self._images.forget(r)
 
     def execute(self, batch: Batch, sampling: np.ndarray | None, interrupted: Callable[[], bool] | None) -> Outcome:
         """See `Executor`."""
         try:
-            tokens, positions, slots, sampled_rows, block_table = self._tensors(batch)
-            attention = plan_attention(
-                batch.query_lens, batch.context_lens, block_table, self._cache.device,
-                num_heads=self._geometry.heads, num_kv_heads=self._geometry.kv_heads, block_size=self._block_size,
-            )  # fmt: skip
-            paged = PagedIteration(self._cache, slots, attention, interrupted)
-            del attention  # so that all it makes is gone when the model is done
-            began = time.perf_counter()
-            logits = self._model(
-                input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=sampled_rows, paged=paged
-            ).logits[0]
-            del paged
+            pictured = None
+            if self._images is not None:
+                batch, pictured = self._images.place(batch)
+            if self._graphs is not None and pictured is None and self._graphs.takes(batch):
+                if interrupted is not None and interrupted():  # a graph runs whole
+                    raise Interrupted
+                self._graphs.fill(batch)
+                began = time.perf_counter()
+                logits = self._graphs.run()
+                if len(batch.sampled_rows) < len(logits):
+                    logits = logits[batch.sampled_rows]
+            else:
+                tokens, positions, slots, sampled_rows, block_table = self._tensors(batch)
+                attention = self._plan(batch.query_lens, batch.context_lens, block_table)
+                paged = PagedIteration(self._cache, slots, attention, interrupted)
+                del attention  # so that all it makes is gone when the model is done
+                began = time.perf_counter()
+                logits = self._forward(tokens, positions, sampled_rows, paged, pictured)
+                del paged
             forward_s = time.perf_counter() - began
             logprobs: dict[int, Logprobs] = {}
             if sampling is None:
@@ -96,6 +137,36 @@ class ModelExecutor:
             if self._cache.is_cuda:
                 torch.cuda.empty_cache()
             raise OutOfMemory from error
+
+    def _plan(
+        self, query_lens: np.ndarray, context_lens: np.ndarray, block_table: np.ndarray | Tensor,
+        graph_context: int | None = None,
+    ) -> AttentionBatch:  # fmt: skip
+        return plan_attention(
+            query_lens, context_lens, block_table, self._cache.device, num_heads=self._geometry.heads,
+            num_kv_heads=self._geometry.kv_heads, block_size=self._block_size, graph_context=graph_context,
+        )  # fmt: skip
+
+    def _forward(
+        self, tokens: Tensor, positions: Tensor, rows: Tensor | int, paged: PagedIteration,
+        pictured: Pictured | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Logits (S, vocabulary) of `rows`, all for 0; tokens, positions: (1, T), positions unless there are images."""
+        inputs = {"input_ids": tokens}
+        if pictured is not None:
+            embeddings = self._model.get_input_embeddings()(tokens)
+            embeddings[0, pictured.rows] = pictured.embed()
+            inputs = {"inputs_embeds": embeddings}
+            positions = torch.from_numpy(pictured.positions[:, None]).to(tokens.device)
+        logits: Tensor = self._model(
+            **inputs, position_ids=positions, use_cache=False, logits_to_keep=rows, paged=paged
+        ).logits[0]
+        if pictured is not None:
+            pictured.let_go()
+        return logits
+
+    def _decode(self, tokens: Tensor, positions: Tensor, slots: Tensor, attention: AttentionBatch) -> Tensor:
+        return self._forward(tokens[None], positions[None], 0, PagedIteration(self._cache, slots, attention))
 
     def _tensors(self, batch: Batch) -> tuple[Tensor, ...]:
         """Tokens and positions (1, T), slots (T,), sampled rows (S,), block table (N, widest) on the device."""

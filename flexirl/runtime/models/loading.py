@@ -17,16 +17,25 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from flexirl.errors import UserError
 from flexirl.runtime.kernels import plan_attention
 from flexirl.runtime.kv_cache import blocks_for
-from flexirl.runtime.models.attention import NAME, PagedIteration, Unsupported
+from flexirl.runtime.models.attention import NAME, PagedIteration, Rotation, Unsupported
+from flexirl.runtime.models.fusing import fuse
 from flexirl.runtime.models.tiny import SHAPES, tiny_model
+from flexirl.runtime.models.vision import FAMILIES, Vision
 
-_PROBE_TOKENS, _PROBE_BLOCK = 40, 16
+_PROBE_TOKENS, _PROBE_BLOCK, _PROBE_IMAGE = 40, 16, (17, 23)  # the image is cut by the end of the first iteration
 # Largest distance between two ways to compute the same logits, relative to their length.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
@@ -43,10 +52,10 @@ class Geometry:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A decoder ready to run with paged attention.
+    """A model ready to run with paged attention.
 
     max_len: longest sequence it was made for; end_tokens: those that end an output; tokenizer: None if the folder has
-    none, so that only token numbers can be used.
+    none, so that only token numbers can be used; vision: None for a model of text alone.
     """
 
     name: str
@@ -56,6 +65,7 @@ class LoadedModel:
     vocab_size: int
     max_len: int
     end_tokens: tuple[int, ...]
+    vision: Vision | None = None
 
     @property
     def device(self) -> torch.device:
@@ -68,11 +78,14 @@ class LoadedModel:
         return self.model.dtype
 
 
-def load_model(name_or_path: str | Path, device: str = "cpu", dtype: str | None = None) -> LoadedModel:
+def load_model(
+    name_or_path: str | Path, device: str = "cpu", dtype: str | None = None, fused: bool | None = None
+) -> LoadedModel:
     """One of the tiny models by name, or the model in a folder.
 
-    dtype: float32, bfloat16 or float16; None takes float32 on a CPU and bfloat16 elsewhere. Raises UserError for a
-    folder that is missing, incomplete, damaged or pickled, for a model that cannot be run, and where memory is short.
+    dtype: float32, bfloat16 or float16; None takes float32 on a CPU and bfloat16 elsewhere. fused: whether fused
+    kernels replace what they stand in for; None: on CUDA. Raises UserError for a folder that is missing, incomplete,
+    damaged or pickled, for a model that cannot be run, and where memory is short.
     """
     where = _device(device)
     wanted = _dtype(dtype or ("float32" if where.type == "cpu" else "bfloat16"))
@@ -84,7 +97,8 @@ def load_model(name_or_path: str | Path, device: str = "cpu", dtype: str | None 
         _check_weights(folder, where, wanted)
         model = _load(folder, config, where, wanted)
         tokenizer = _tokenizer(folder)
-        geometry, vocab_size = _probe(model, folder)
+        fused = where.type == "cuda" if fused is None else fused
+        vision, geometry, vocab_size = _probe(model, folder, fused)
     text_config = config.get_text_config()
     return LoadedModel(
         name=str(name_or_path) if str(name_or_path) in SHAPES else folder.resolve().name,
@@ -94,6 +108,7 @@ def load_model(name_or_path: str | Path, device: str = "cpu", dtype: str | None 
         vocab_size=vocab_size,
         max_len=int(getattr(text_config, "max_position_embeddings", None) or np.iinfo(np.int32).max),
         end_tokens=_end_tokens(model, tokenizer),
+        vision=vision,
     )
 
 
@@ -142,19 +157,25 @@ def _config(folder: Path) -> PretrainedConfig:
     reason = None
     if config.is_encoder_decoder:
         reason = "it is an encoder-decoder, and only decoders are supported"
-    elif any(getattr(config, part, None) is not None for part in ("vision_config", "audio_config")):
-        reason = "it reads more than text, and only text decoders are supported"
+    elif config.model_type not in FAMILIES and any(
+        getattr(config, part, None) is not None for part in ("vision_config", "audio_config")
+    ):
+        reason = f"it reads more than text, and of such models only {' and '.join(FAMILIES)} are supported"
     elif getattr(config, "quantization_config", None) is not None:
         reason = "its weights are quantised; use the original ones"
     elif rope is not None:
         reason = f"its {rope} rotary embedding depends on the longest sequence beside it in a batch"
     elif "chunked_attention" in (getattr(text, "layer_types", None) or ()):
         reason = "chunked attention is not supported"
-    elif type(config) not in AutoModelForCausalLM._model_mapping:
+    elif type(config) not in _auto_class(config)._model_mapping:
         reason = f"Transformers knows no language model of type {config.model_type}"
     if reason is not None:
         raise _refusal(folder, reason)
     return config
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    return AutoModelForImageTextToText if config.model_type in FAMILIES else AutoModelForCausalLM
 
 
 def _check_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> None:
@@ -190,7 +211,7 @@ def total_memory(device: torch.device) -> int:
 
 def _load(folder: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _auto_class(config).from_pretrained(
             folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True,
             trust_remote_code=False, output_loading_info=True,
         )  # fmt: skip
@@ -226,22 +247,68 @@ def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(token for token in tokens if token is not None))
 
 
-def _probe(model: PreTrainedModel, folder: Path) -> tuple[Geometry, int]:
-    """Puts our attention into the model and checks it against the model's own; returns what the layers are."""
+def _probe(model: PreTrainedModel, folder: Path, fused: bool) -> tuple[Vision | None, Geometry, int]:
+    """Puts our attention into the model and checks it against the model's own; returns what the layers are.
+
+    fused: the fused kernels too, as far as they give the same.
+    """
     try:
-        tokens = torch.arange(7, 7 + _PROBE_TOKENS, device=model.device)
-        expected = model(input_ids=tokens[None], use_cache=False).logits[0]
-        model.set_attn_implementation(NAME)
-        geometry = _geometry(model, tokens)
-        logits = _paged_logits(model, tokens, geometry)
+        vision = Vision(model) if model.config.model_type in FAMILIES else None
+        trials = [_Trial(model), *([] if vision is None else [_Trial(model, vision)])]
+        # The vision encoder keeps its own attention, which is not over a cache.
+        model.set_attn_implementation(NAME if vision is None else {"text_config": NAME})
+        geometry = _geometry(model, trials[0].tokens)
+        distances = [trial.distance(model, geometry) for trial in trials]
     except Unsupported as reason:
         raise _refusal(folder, str(reason)) from None
     except Exception as error:
         raise _refusal(folder, f"a trial run failed with {type(error).__name__}: {_first_line(error)}") from None
-    distance = float((logits - expected).float().norm() / expected.float().norm())
-    if not distance <= _TOLERANCE[model.dtype]:
-        raise _refusal(folder, f"with paged attention its logits are {distance:.1%} off, so its attention is not plain")
-    return geometry, logits.shape[-1]
+    for distance, beside in zip(distances, ("", " and an image"), strict=False):
+        if not distance <= _TOLERANCE[model.dtype]:
+            raise _refusal(
+                folder, f"with paged attention{beside} its logits are {distance:.1%} off, so its attention is not plain"
+            )
+
+    def agrees() -> bool:
+        try:
+            return all(trial.distance(model, geometry) <= _TOLERANCE[model.dtype] for trial in trials)
+        except Exception:  # whatever a replaced module is called with, the model runs without it too
+            return False
+
+    if fused:
+        fuse(model, agrees)
+    return vision, geometry, trials[0].expected.shape[-1]
+
+
+class _Trial:
+    """A sequence of tokens, with an image if `vision` is given, and what the model as it is loaded says to it."""
+
+    def __init__(self, model: PreTrainedModel, vision: Vision | None = None) -> None:
+        self.tokens = torch.arange(7, 7 + _PROBE_TOKENS, device=model.device)
+        self._vision = vision
+        inputs: dict[str, Tensor] = {}
+        if vision is not None:
+            begin, end = _PROBE_IMAGE
+            self.tokens[begin:end] = vision.image_token
+            self._image = vision.draw(end - begin, np.random.default_rng(0))
+            inputs = {
+                "pixel_values": torch.as_tensor(self._image.pixels).to(model.device, model.dtype),
+                "image_grid_thw": torch.tensor([self._image.grid], device=model.device),
+                "mm_token_type_ids": (self.tokens[None] == vision.image_token).int(),
+            }
+        self.expected: Tensor = model(input_ids=self.tokens[None], use_cache=False, **inputs).logits[0]
+
+    def distance(self, model: PreTrainedModel, geometry: Geometry) -> float:
+        """How far from that the logits with paged attention are, relative to their length."""
+        positions = torch.arange(_PROBE_TOKENS, device=model.device)[None]
+        name, inputs = "input_ids", self.tokens
+        if self._vision is not None:
+            name, inputs = "inputs_embeds", model.get_input_embeddings()(self.tokens)
+            (inputs[slice(*_PROBE_IMAGE)],) = self._vision.encode([self._image])
+            placed = self._vision.positions(self.tokens.tolist(), [self._image])
+            positions = torch.from_numpy(placed[:, None]).to(model.device)
+        logits = _paged_logits(model, {name: inputs[None]}, positions, geometry)
+        return float((logits - self.expected).float().norm() / self.expected.float().norm())
 
 
 def _geometry(model: PreTrainedModel, tokens: Tensor) -> Geometry:
@@ -257,6 +324,7 @@ def _geometry(model: PreTrainedModel, tokens: Tensor) -> Geometry:
         scale: float,
         sliding_window: int | None,
         softcap: float | None,
+        rotation: Rotation | None,
     ) -> Tensor:
         if key.shape != value.shape:
             raise Unsupported("keys and values differ in size, as in multi-head latent attention")
@@ -281,8 +349,10 @@ def _geometry(model: PreTrainedModel, tokens: Tensor) -> Geometry:
     return Geometry(layers, heads, kv_heads, head_dim)
 
 
-def _paged_logits(model: PreTrainedModel, tokens: Tensor, geometry: Geometry) -> Tensor:
-    """The logits of all tokens, computed in two iterations over a paged cache."""
+def _paged_logits(
+    model: PreTrainedModel, inputs: dict[str, Tensor], positions: Tensor, geometry: Geometry
+) -> Tensor:  # fmt: skip
+    """Logits computed in two iterations over a paged cache; inputs: by name, (1, T, ...); positions: (..., T)."""
     blocks = blocks_for(_PROBE_TOKENS, _PROBE_BLOCK)
     cache = torch.zeros(
         (2 * geometry.layers, blocks, _PROBE_BLOCK, geometry.kv_heads, geometry.head_dim),
@@ -296,7 +366,8 @@ def _paged_logits(model: PreTrainedModel, tokens: Tensor, geometry: Geometry) ->
             num_heads=geometry.heads, num_kv_heads=geometry.kv_heads, block_size=_PROBE_BLOCK,
         )  # fmt: skip
         paged = PagedIteration(cache, slots, batch)
-        ran = model(input_ids=tokens[None, start:end], position_ids=slots[None], use_cache=False, paged=paged)
+        some = {name: tensor[:, start:end] for name, tensor in inputs.items()}
+        ran = model(**some, position_ids=positions[..., start:end], use_cache=False, paged=paged)
         logits.append(ran.logits[0])
     return torch.cat(logits)
 

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 BEGIN, END = "<|begin|>", "<|end|>"
 _BEGIN_ID, _END_ID = 256, 257
+IMAGE_TOKENS = ("<|image|>", "<|video|>", "<|vision_start|>", "<|vision_end|>")
 _SHAPE: dict[str, Any] = {
     "vocab_size": 258,  # the bytes, BEGIN and END
     "bos_token_id": _BEGIN_ID,
@@ -37,7 +39,23 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"model_type": "llama", **_SHAPE},
     "tiny-qwen3": {"model_type": "qwen3", **_SHAPE},
     "tiny-mistral": {"model_type": "mistral", **_SHAPE, "sliding_window": 256},
-}
+    # One that takes images; its vision encoder has a layer within windows and one across the image.
+    "tiny-vl": {
+        "model_type": "qwen2_5_vl",
+        "text_config": {
+            **_SHAPE,
+            "vocab_size": 262,  # and IMAGE_TOKENS
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
+        },
+        "vision_config": {
+            "depth": 2, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4, "out_hidden_size": 256,
+            "patch_size": 14, "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [1],
+            "initializer_range": 0.0625,
+        },
+        "tie_word_embeddings": False,
+        **{f"{name}_token_id": 258 + i for i, name in enumerate(("image", "video", "vision_start", "vision_end"))},
+    },
+}  # fmt: skip
 
 
 def tiny_model(name: str) -> Path:
@@ -59,14 +77,28 @@ def tiny_model(name: str) -> Path:
 
 
 def build(shape: dict[str, Any], folder: Path, seed: int) -> None:
-    """Writes a model of this shape, weights drawn with `seed`, and its tokenizer; vocab_size at least 258."""
+    """Writes a model of this shape, weights drawn with `seed`, and its tokenizer; vocab_size at least 258.
+
+    With a `vision_config` the model takes images, its tokenizer knows IMAGE_TOKENS, vocab_size is at least 262, and an
+    image processor is there too.
+    """
     settings = dict(shape)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    sees = "vision_config" in shape
+    auto_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = auto_class.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    if sees:
+        tokenizer.add_tokens(list(IMAGE_TOKENS), special_tokens=True)
+        vision = config.vision_config
+        Qwen2VLImageProcessorPil(
+            patch_size=vision.patch_size, merge_size=vision.spatial_merge_size,
+            temporal_patch_size=vision.temporal_patch_size,
+        ).save_pretrained(folder)  # fmt: skip
+    tokenizer.save_pretrained(folder)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

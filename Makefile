@@ -11,7 +11,8 @@ train: .venv/installed
 
 # The policy that comes with the package, trained anew: about an hour on two cores.
 pretrained: .venv/installed
-	$(BIN)/python -m flexirl.train mixture=general validation.members=60 hydra.run.dir=outputs/pretrained
+	$(BIN)/python -m flexirl.train mixture=general validation.members=72 total_steps=500000 \
+		hydra.run.dir=outputs/pretrained
 	cp outputs/pretrained/policy.onnx flexirl/policies/pretrained.onnx
 
 test: .venv/installed-test

@@ -42,7 +42,7 @@ from flexirl.plots import plot_comparison, plot_history, plot_timeline
 from flexirl.policies.agents import ALGORITHMS, make_agent, start_at
 from flexirl.policies.cloning import clone
 from flexirl.policies.export import export
-from flexirl.policies.heuristics.tuning import search_dials
+from flexirl.policies.heuristics.tuning import refine_dials, search_dials
 from flexirl.policies.registry import check_names
 from flexirl.policies.training import Training
 from flexirl.program import output_folder, run_program
@@ -148,7 +148,7 @@ def warm_start(agent: BaseAlgorithm, tasks: list[Task], seed: int, progress: boo
     start_at(agent, dials.tolist())
     if len(tasks) > 1:
         of_each = [
-            search_dials(dials, partial(worth_of_dials, [one], episodes=TUNED_EPISODES, seed=tuning_seed), seed, 0)
+            refine_dials(dials, partial(worth_of_dials, [one], episodes=TUNED_EPISODES, seed=tuning_seed))
             for one in tqdm(tasks, unit=" tasks", desc="tuning", disable=not progress)
         ]
         left = clone(agent, tasks, np.array(of_each), seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from flexirl.errors import UserError
+from flexirl.runtime.calibration import draw_shapes, make_batch
 from flexirl.runtime.models.loading import LoadedModel, load_model
 from flexirl.runtime.models.tiny import build
 from flexirl.runtime.models.vision import Vision
@@ -126,6 +128,24 @@ def test_images_are_encoded_when_reached_and_as_the_scheduler_counts(model: Mode
     encoded = [tokens for _, tokens in steps]
     assert encoded[:4] == [10, 20, 30, 30] and encoded[-1] == 30
     assert np.cumsum([step.features["image_tokens"] for step, _ in steps]).tolist() == encoded
+
+
+def test_calibration_encodes_what_it_counts(model: Model) -> None:
+    """Every run of a drawn iteration encodes its images anew."""
+    rng = np.random.default_rng(1)
+    executor = WatchedExecutor(model)
+    seen = 0
+    for shape in itertools.islice(draw_shapes(executor.profile, rng, images=True), 30):
+        for _ in range(2):
+            batch, features, pictured = make_batch(shape, executor, rng)
+            if pictured is not None:
+                executor.take_images(shape.decodes, pictured)
+            before = executor.encoded
+            executor.execute(batch, None, None)
+            executor.forget(shape.decodes)
+            assert executor.encoded - before == features["image_tokens"]
+        seen += features["image_tokens"] > 0
+    assert seen > 5
 
 
 def test_what_the_image_shows_matters(model: Model) -> None:

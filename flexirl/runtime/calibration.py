@@ -101,9 +101,7 @@ def _padded(tokens: int, limits: Any) -> int:
     return blocks_for(tokens, int(limits["block_size"])) * int(limits["block_size"])
 
 
-def make_batch(
-    shape: Shape, executor: Executor, rng: np.random.Generator
-) -> tuple[Batch, np.ndarray, Request | None]:  # fmt: skip
+def make_batch(shape: Shape, executor: Executor, rng: np.random.Generator) -> tuple[Batch, np.ndarray, Request | None]:
     """The flattened batch of a shape, random tokens in blocks of their own, and its features (0-d `BATCH`).
 
     And the request of the chunk, in place `shape.decodes`, if it has images.

@@ -56,8 +56,8 @@ class LoadedModel:
     """A model ready to run with paged attention.
 
     max_len: longest sequence it was made for; end_tokens: those that end an output; tokenizer: None if the folder has
-    none, so that only token numbers can be used; vision: None for a model of text alone; image_files: None
-    also without an image processor in the folder, so that only prepared images can be used.
+    none, so that only token numbers can be used; vision: None for a model of text alone; image_files: None also without
+    an image processor in the folder, so that only prepared images can be used.
     """
 
     name: str
@@ -355,9 +355,7 @@ def _geometry(model: PreTrainedModel, tokens: Tensor) -> Geometry:
     return Geometry(layers, heads, kv_heads, head_dim)
 
 
-def _paged_logits(
-    model: PreTrainedModel, inputs: dict[str, Tensor], positions: Tensor, geometry: Geometry
-) -> Tensor:  # fmt: skip
+def _paged_logits(model: PreTrainedModel, inputs: dict[str, Tensor], positions: Tensor, geometry: Geometry) -> Tensor:
     """Logits computed in two iterations over a paged cache; inputs: by name, (1, T, ...); positions: (..., T)."""
     blocks = blocks_for(_PROBE_TOKENS, _PROBE_BLOCK)
     cache = torch.zeros(

@@ -74,7 +74,8 @@ def summary(name: str, report: dict[str, Any], values: Any) -> str:
             f"engine's own run: error {report['run_mape']:.1%} per iteration over {report['run_iterations']}, "
             f"{report['run_total_error']:+.1%} in all",
             f"base {1e3 * values['base_s']:.3f} ms, host {1e3 * values['host_s']:.3f} ms, swap "
-            f"{1e9 * values['per_swap_token_s']:.0f} ns per token; {values['kv_blocks']} blocks",
+            f"{1e9 * values['per_swap_token_s']:.0f} ns per token, images "
+            f"{1e6 * values['per_image_token_s']:.1f} microseconds per token; {values['kv_blocks']} blocks",
         ]
     )
 

@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
@@ -21,10 +21,13 @@ from flexirl.program import output_folder, run_program
 from flexirl.runtime.engine import EngineProfile
 from flexirl.runtime.live import LiveEngine
 from flexirl.runtime.recording import Recording, read_timeline
-from flexirl.runtime.requests import ERROR, Completion, Request, Update
+from flexirl.runtime.requests import ERROR, Completion, Image, Request, Update
 from flexirl.runtime.sampling import Sampling
 from flexirl.runtime.shadow import Shadow
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
+
+if TYPE_CHECKING:
+    from flexirl.runtime.models.loading import LoadedModel
 
 CLASSES = {"immediate": IMMEDIATE, "deferred": DEFERRED}
 MOST_REQUESTS = 4096  # waiting and running at once; further ones follow as these end
@@ -78,7 +81,7 @@ def run(config: DictConfig) -> None:
                 request_id = str(fields.pop("id", place))
                 if request_id in results.expected:
                     raise UserError(f"Request {request_id} is there already; give each line an id of its own.")
-                request = parse(request_id, fields, model.tokenizer, max_tokens, printer if config.stream else None)
+                request = parse(request_id, fields, model, path.parent, max_tokens, printer if config.stream else None)
                 results.expected[request_id] = request.request_class
                 waiting.append(request)
             except UserError as error:
@@ -124,9 +127,17 @@ def json_object(line: str) -> dict[str, Any]:
 
 
 def parse(
-    request_id: str, fields: dict[str, Any], tokenizer: Any, max_tokens: int, listener: Callable[[Update], None] | None
+    request_id: str,
+    fields: dict[str, Any],
+    model: LoadedModel,
+    folder: Path,
+    max_tokens: int,
+    listener: Callable[[Update], None] | None,
 ) -> Request:
-    """The request with these fields, whose id is taken out; raises UserError, naming the field."""
+    """The request with these fields, whose id is taken out; raises UserError, naming the field.
+
+    folder: where paths of images begin.
+    """
     kind = fields.pop("class", "immediate")
     if kind not in CLASSES:
         raise UserError(f"class={kind!r} is neither immediate nor deferred.")
@@ -134,17 +145,26 @@ def parse(
     if (text is None) == (tokens is None):
         raise UserError("A request needs either a prompt or prompt_token_ids.")
     if tokens is None:
-        if tokenizer is None:
+        if model.tokenizer is None:
             raise UserError("The model has no tokenizer; give prompt_token_ids in place of a prompt.")
         if not isinstance(text, str):
             raise UserError(f"prompt={text!r} is not a text.")
-        tokens = tokenizer(text)["input_ids"]
+        tokens = model.tokenizer(text)["input_ids"]
     elif not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
         raise UserError("prompt_token_ids is not a list of whole numbers.")
+    images: list[Image] = []
+    if "images" in fields:
+        paths = fields.pop("images")
+        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+            raise UserError(f"images={paths!r} is not a list of paths.")
+        if model.image_files is None:
+            raise UserError("The model takes no image files; send text alone.")
+        images = [model.image_files.read(folder / path) for path in paths]
+        tokens = model.image_files.expand(tokens, images)
     limit = fields.pop("max_tokens", max_tokens)
     if type(limit) is not int:
         raise UserError(f"max_tokens={limit!r} is not a whole number.")
-    return Request(request_id, tokens, limit, CLASSES[kind], Sampling.of(fields), listener=listener)
+    return Request(request_id, tokens, limit, CLASSES[kind], Sampling.of(fields), listener=listener, images=images)
 
 
 class Results:

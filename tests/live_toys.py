@@ -49,6 +49,7 @@ class ToyExecutor:
 
     vocab_size = VOCAB
     end_tokens = (END,)
+    image_token = None
 
     def __init__(self, profile: EngineProfile) -> None:
         self.profile = profile

@@ -7,11 +7,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
+import torch
 from programs import run
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from flexirl import generate
 from flexirl.program import run_program
+from flexirl.runtime.models.tiny import tiny_model
 
 FIELDS = {"id", "token_ids", "text", "finish_reason", "ttft_s", "e2e_s", "preemptions"}
 
@@ -120,3 +125,57 @@ def test_bad_settings_end_in_a_sentence(
         run_program("generate", generate.run)
     lines = capsys.readouterr().err.strip().splitlines()
     assert left.value.code == 2 and len(lines) == 1 and message in lines[0], lines
+
+
+def test_images_are_read_from_files(tmp_path: Path) -> None:
+    """Where the prompt says or in front, they are what the model's processor and `model.generate` make of them."""
+    pixels = np.random.default_rng(0).integers(0, 255, (2, 70, 90, 3), np.uint8)
+    for i, picture in enumerate(pixels):
+        PIL.Image.fromarray(picture).save(tmp_path / f"{i}.png")
+    (tmp_path / "text.png").write_text("no image")
+    common = {"max_tokens": 8, "ignore_eos": True}
+    lines = [
+        {"id": "placed", "prompt": "a<|image|>b<|image|>c", "images": ["0.png", "1.png"], **common},
+        {"id": "front", "class": "deferred", "prompt": "what is it", "images": ["1.png"], **common},
+        {"id": "text", "prompt": "no image", **common},
+        {"id": "missing", "prompt": "x", "images": ["2.png"]},
+        {"id": "damaged", "prompt": "x", "images": ["text.png"]},
+        {"id": "count", "prompt": "<|image|>", "images": ["0.png", "1.png"]},
+        {"id": "path", "prompt": "x", "images": "0.png"},
+    ]
+    write_prompts(tmp_path, lines)
+    ran = run(tmp_path, "generate", "prompts=prompts.jsonl", "hydra.run.dir=out", "model=tiny-vl")
+    assert ran.returncode == 0, ran.stderr
+    found = {completion["id"]: completion for completion in completions(tmp_path)}
+    reasons = {name: found[name]["error"] for name in ("missing", "damaged", "count", "path")}
+    assert "2.png does not exist" in reasons["missing"] and "text.png cannot be read" in reasons["damaged"]
+    assert "1 image tokens (258) and there are 2 images" in reasons["count"] and "list of paths" in reasons["path"]
+
+    folder = tiny_model("tiny-vl")
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    processor, tokenizer = AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for line in lines[:3]:
+        prompt = str(line["prompt"])
+        if line["id"] == "front":
+            prompt = f"<|vision_start|><|image|><|vision_end|>{prompt}"
+        seen = {}
+        if "images" in line:
+            pictures = [PIL.Image.open(tmp_path / name) for name in line["images"]]
+            seen = dict(processor(images=pictures, return_tensors="pt"))
+            for grid in seen["image_grid_thw"]:
+                prompt = prompt.replace("<|image|>", "<|here|>" * (int(grid.prod()) // 4), 1)
+            prompt = prompt.replace("<|here|>", "<|image|>")
+        tokens = torch.tensor([tokenizer(prompt)["input_ids"]])
+        if seen:
+            seen["mm_token_type_ids"] = (tokens == 258).int()
+        generated = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=8, do_sample=False, eos_token_id=None,
+            pad_token_id=0, **seen,
+        )  # fmt: skip
+        assert found[line["id"]]["token_ids"] == generated[0, tokens.shape[1] :].tolist()
+
+
+def test_a_model_of_text_alone_takes_no_images(tmp_path: Path) -> None:
+    write_prompts(tmp_path, [{"id": "a", "prompt": "x", "images": ["0.png"]}, {"prompt": "x", "max_tokens": 2}])
+    assert run(tmp_path, "generate", "prompts=prompts.jsonl", "hydra.run.dir=out").returncode == 0
+    assert "takes no image files" in completions(tmp_path)[0]["error"]

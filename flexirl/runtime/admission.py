@@ -99,6 +99,7 @@ def _admit(state: State, r: int) -> bool:
     state.classes[request.request_class].running += 1
     state.running[scheduler.running] = r
     scheduler.running += 1
+    scheduler.joined += 1
     allocate(state, r, blocks_for(start + chunk, engine.block_size) - request.kv_blocks)
     enlist(scheduler, state.batch[0], request, chunk)
     return True
@@ -127,7 +128,7 @@ def _make_room(state: State, r: int) -> bool:
     """Evicts work that may wait until waiting request r has memory and a seat, but only if that can succeed."""
     scheduler = state.scheduler[0]
     within_reach, evictable = scheduler.free_blocks, 0
-    for i in range(scheduler.running):
+    for i in range(scheduler.running - scheduler.joined):
         request = state.requests[state.running[i]]
         if request.status == RUNNING and best_effort(request):
             within_reach += request.kv_blocks
@@ -157,15 +158,17 @@ def _reusable_tokens(state: State, r: int) -> int:
 def _needed_blocks(state: State, r: int, beside_best_effort: bool) -> int:
     """Free blocks that waiting request r needs: its whole sequence so far, and what is set aside for the future.
 
-    beside_best_effort: whether the running work that may wait keeps what is set aside for it.
+    beside_best_effort: whether the running work that may wait and could be evicted keeps what is set aside for it.
     """
     decision, engine, request = state.decision[0], state.engine[0], state.requests[r]
     if decision.reserve_ratio <= 0 and decision.reserve_new_ratio <= 0:
         return blocks_for(request.prompt_tokens + request.generated, engine.block_size)
     need = _lifetime_blocks(decision, engine, request, decision.reserve_new_ratio)
-    for i in range(state.scheduler[0].running):
+    scheduler = state.scheduler[0]
+    for i in range(scheduler.running):
         other = state.requests[state.running[i]]
-        if other.status == RUNNING and (beside_best_effort or not best_effort(other)):
+        stays = beside_best_effort or i >= scheduler.running - scheduler.joined or not best_effort(other)
+        if other.status == RUNNING and stays:
             need += max(_lifetime_blocks(decision, engine, other, decision.reserve_ratio) - other.kv_blocks, 0)
     return need
 

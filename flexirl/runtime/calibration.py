@@ -1,8 +1,9 @@
 """Calibration: measures an executor iteration by iteration and fits the step-time model to what it measured.
 
 Iterations are drawn over the whole range that an engine can plan, log-uniformly, so that small ones count as much as
-large ones: decodes alone, a prefill chunk alone, both together. What the host does between two iterations is measured
-on the engine itself, running a mix of requests, and so is how well the fitted model predicts that run.
+large ones: decodes alone, a prefill chunk alone, both together, and chunks with images where the model takes any. What
+the host does between two iterations is measured on the engine itself, running a mix of requests, and so is how well the
+fitted model predicts that run.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from flexirl.runtime.executor import Batch, Executor, Moves
 from flexirl.runtime.kv_cache import blocks_for
 from flexirl.runtime.live import LiveEngine, Request, Step
 from flexirl.runtime.policy import Policy
+from flexirl.runtime.random_prompts import draw_prompt
 from flexirl.runtime.sampling import Sampling
 from flexirl.runtime.step_time import BATCH, COEFFICIENTS, design_matrix, fit
 from flexirl.workloads.scenario import SLO
@@ -36,12 +38,17 @@ RUN_REQUESTS = 64  # of the run on the engine
 
 @dataclass(frozen=True)
 class Shape:
-    """An iteration: `decodes` sequences at `context` tokens each, and a chunk of `chunk` tokens behind `before`."""
+    """An iteration: `decodes` sequences at `context` tokens each, and a chunk of `chunk` tokens behind `before`.
+
+    Of the chunk, `image_tokens` stand for `images` images, all of one size.
+    """
 
     decodes: int
     context: int
     chunk: int
     before: int
+    images: int = 0
+    image_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,11 @@ class Calibration:
     predicted_s: np.ndarray
 
 
-def draw_shapes(profile: EngineProfile, rng: np.random.Generator) -> Iterator[Shape]:
-    """Endless iterations that the engine could plan; every third has decodes alone, every third a chunk alone."""
+def draw_shapes(profile: EngineProfile, rng: np.random.Generator, images: bool = False) -> Iterator[Shape]:
+    """Endless iterations that the engine could plan; every third has decodes alone, every third a chunk alone.
+
+    images: whether half of the chunks have images.
+    """
     limits = profile.values
     longest = int(limits["max_model_len"])
     tokens = int(limits["max_tokens_per_step"])
@@ -79,7 +89,11 @@ def draw_shapes(profile: EngineProfile, rng: np.random.Generator) -> Iterator[Sh
         # A block of each decode may be partly filled.
         context = min(log_uniform(longest), room // max(decodes, 1) - int(limits["block_size"]))
         if decodes == 0 or context >= 1:
-            yield Shape(decodes, context if decodes else 0, chunk, before)
+            count = size = 0
+            if images and chunk and rng.random() < 0.5:
+                size = log_uniform(chunk - 1)
+                count = log_uniform(chunk // (size + 1))
+            yield Shape(decodes, context if decodes else 0, chunk, before, count, count * size)
             kind = (kind + 1) % 3
 
 
@@ -87,8 +101,11 @@ def _padded(tokens: int, limits: Any) -> int:
     return blocks_for(tokens, int(limits["block_size"])) * int(limits["block_size"])
 
 
-def make_batch(shape: Shape, executor: Executor, rng: np.random.Generator) -> tuple[Batch, np.ndarray]:
-    """The flattened batch of a shape, random tokens in blocks of their own, and its features (0-d `BATCH`)."""
+def make_batch(shape: Shape, executor: Executor, rng: np.random.Generator) -> tuple[Batch, np.ndarray, Request | None]:
+    """The flattened batch of a shape, random tokens in blocks of their own, and its features (0-d `BATCH`).
+
+    And the request of the chunk, in place `shape.decodes`, if it has images.
+    """
     block_size = int(executor.profile.values["block_size"])
     query_lens = np.array([1] * shape.decodes + [shape.chunk] * (shape.chunk > 0), np.int64)
     chunk_end = shape.before + shape.chunk
@@ -102,17 +119,24 @@ def make_batch(shape: Shape, executor: Executor, rng: np.random.Generator) -> tu
     ends = np.cumsum(query_lens)
     positions = context_lens[sequence] - ends[sequence] + np.arange(ends[-1])
     slots = table[sequence, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    tokens = rng.integers(0, executor.vocab_size, ends[-1])
+    chunk, images = draw_prompt(executor, shape.chunk, shape.images, shape.image_tokens, rng)
+    tokens[shape.decodes :] = chunk
+    pictured = None
     features = np.zeros((), BATCH)
+    if images:
+        pictured = Request("chunk", [*[0] * shape.before, *chunk], 1, images=images)
+        features["image_tokens"] = executor.check_images(pictured)
     features["prefill_tokens"] = shape.chunk
     features["decode_sequences"] = shape.decodes
     features["sampled_sequences"] = len(blocks)
     features["decode_context"] = shape.decodes * shape.context
     features["chunk_context"] = shape.chunk * (shape.before + 0.5 * shape.chunk)
     return Batch(
-        tokens=rng.integers(0, executor.vocab_size, ends[-1]), positions=positions, slots=slots, query_lens=query_lens,
+        tokens=tokens, positions=positions, slots=slots, query_lens=query_lens,
         context_lens=context_lens, block_table=table, sampled_rows=ends - 1,
         draws=np.zeros(len(blocks)), requests=np.arange(len(blocks), dtype=np.int32),
-    ), features  # fmt: skip
+    ), features, pictured  # fmt: skip
 
 
 def calibrate(
@@ -138,8 +162,9 @@ def calibrate(
     measured = {**found.coefficients, "host_s": host_s, "per_swap_token_s": per_swap_token_s, "noise": noise}
     limits = {field: executor.profile.values[field].item() for field in UNITS}
     origin = {**executor.profile.origin, **dict.fromkeys(measured, f"measured: {about['machine']}, {about['date']}")}
-    origin["per_image_token_s"] = "not measured: the model takes no images"
-    profile = make_profile(name, {**limits, **measured, "per_image_token_s": 0.0}, origin, {})
+    if executor.image_token is None:
+        origin["per_image_token_s"] = "not measured: the model takes no images"
+    profile = make_profile(name, {**limits, **measured}, origin, {})
 
     coefficients = np.array([measured[coefficient] for coefficient in COEFFICIENTS])
     predicted_s = design_matrix(np.array([step.features for step in steps])) @ coefficients + host_s
@@ -162,18 +187,21 @@ def _measure(
     times_s: list[float] = []
     deviations: list[float] = []
     began_s = now_s()
-    for shape in draw_shapes(executor.profile, rng):
+    for shape in draw_shapes(executor.profile, rng, executor.image_token is not None):
         passed_s = now_s() - began_s
         if passed_s > seconds and len(times_s) >= LEAST_SHAPES:
             break
         progress(min(passed_s / seconds, 1.0))
         # Other blocks each time, as an engine would have; the first run pays for buffers and, on a GPU, compilation.
-        batches = [make_batch(shape, executor, rng) for _ in range(REPEATS + 1)]
-        executor.execute(batches[0][0], None, None)
-        repeats_s = np.array(
-            [_seconds(partial(executor.execute, batch, None, None), now_s) for batch, _ in batches[1:]]
-        )
-        features.append(batches[0][1])
+        runs_s = []
+        for _ in range(REPEATS + 1):
+            batch, batch_features, pictured = make_batch(shape, executor, rng)
+            if pictured is not None:
+                executor.take_images(shape.decodes, pictured)
+            runs_s.append(_seconds(partial(executor.execute, batch, None, None), now_s))
+            executor.forget(shape.decodes)
+        repeats_s = np.array(runs_s[1:])
+        features.append(batch_features)
         times_s.append(float(np.median(repeats_s)))
         deviations += np.abs(np.log(repeats_s / times_s[-1])).tolist()
     progress(1.0)
@@ -213,9 +241,9 @@ def _run_engine(executor: Executor, policy: Policy, rng: np.random.Generator) ->
     )
     longest = min(int(executor.profile.values["max_model_len"]) // 2, 256)
     for i in range(RUN_REQUESTS):
-        prompt, output = rng.integers(1, longest + 1, 2).tolist()
-        tokens = rng.integers(0, executor.vocab_size, prompt).tolist()
+        tokens, output = rng.integers(1, longest + 1, 2).tolist()
+        prompt, images = draw_prompt(executor, tokens, int(rng.integers(3)), tokens // 2, rng)
         kind = DEFERRED if i % 2 else IMMEDIATE
-        engine.add_request(Request(str(i), tokens, output, kind, Sampling(ignore_eos=True)))
+        engine.add_request(Request(str(i), prompt, output, kind, Sampling(ignore_eos=True), images=images))
     engine.drain()
     return [step for step in steps if not step.abandoned]

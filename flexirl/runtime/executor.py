@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from flexirl.runtime.engine import EngineProfile
-from flexirl.runtime.requests import Request
+from flexirl.runtime.requests import Image, Request
 from flexirl.runtime.sampling import Logprobs
 
 
@@ -66,6 +66,7 @@ class Executor(Protocol):
     profile: EngineProfile
     vocab_size: int
     end_tokens: tuple[int, ...]
+    image_token: int | None  # stands in a prompt for every token of an image; None: the model takes no images
 
     @property
     def free_host_blocks(self) -> int:
@@ -90,6 +91,10 @@ class Executor(Protocol):
 
     def take_images(self, r: int, request: Request) -> None:
         """Request r has images, which were checked."""
+        ...
+
+    def draw_image(self, tokens: int, rng: np.random.Generator) -> Image:
+        """A random image for which so many tokens stand; only where there is an `image_token`."""
         ...
 
     def forget(self, r: int) -> None:

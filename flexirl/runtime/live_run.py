@@ -12,6 +12,7 @@ from flexirl.runtime.clock import VirtualClock
 from flexirl.runtime.executor import Executor
 from flexirl.runtime.live import LiveEngine, Step
 from flexirl.runtime.policy import Policy
+from flexirl.runtime.random_prompts import draw_prompt
 from flexirl.runtime.requests import Request
 from flexirl.runtime.sampling import Sampling
 from flexirl.runtime.simulation import TIMELINE, TIMELINE_STEP_S, Run, timeline_row
@@ -34,8 +35,8 @@ def run_live(
 ) -> Run:
     """Runs `policy` on an executor for `duration_s` seconds of measured work; arguments as of `simulate`.
 
-    Idle time is skipped; prompts are random tokens, drawn with `seed`, and outputs have the trace's lengths. What is
-    still running at the end is cancelled after the accounts are taken, so that the executor can be used again.
+    Idle time is skipped; prompts are random tokens and images, drawn with `seed`, and outputs have the trace's lengths.
+    What is still running at the end is cancelled after the accounts are taken, so that the executor can be used again.
     Raises UserError for requests that the executor's cache or model cannot hold.
     """
     began = time.perf_counter()
@@ -68,6 +69,7 @@ def run_live(
 def add_trace(live: LiveEngine, executor: Executor, trace: Trace, duration_s: float, seed: int) -> None:
     """Gives an engine the requests of a trace that arrive in its first `duration_s` seconds, with random prompts.
 
+    Where the model takes no images, the trace's are text.
     Raises UserError for requests that the executor's cache or model cannot hold.
     """
     longest = int(executor.profile.values["max_model_len"])
@@ -80,11 +82,13 @@ def add_trace(live: LiveEngine, executor: Executor, trace: Trace, duration_s: fl
     rng = np.random.default_rng(seed)
     for i, row in enumerate(trace.rows):
         if row["arrival_s"] < duration_s:
-            prompt = rng.integers(0, executor.vocab_size, row["prompt_tokens"])
+            prompt, images = draw_prompt(
+                executor, int(row["prompt_tokens"]), int(row["num_images"]), int(row["image_tokens"]), rng
+            )
             live.add_request(
                 Request(
                     str(i), prompt, int(row["output_tokens"]), int(row["request_class"]), _ALL_TOKENS,
                     int(row["tenant"]), float(row["ttft_slo_s"]), float(row["tpot_slo_s"]), float(row["window_s"]),
-                    int(row["predicted_output_tokens"]), float(row["arrival_s"]),
+                    int(row["predicted_output_tokens"]), float(row["arrival_s"]), images=images,
                 )
             )  # fmt: skip

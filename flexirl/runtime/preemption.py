@@ -37,12 +37,13 @@ def grow(state: State, r: int, tokens: int) -> bool:
 def victim_within(state: State, reach: int) -> int:
     """The running request to evict first among those within `reach`, or NONE.
 
+    What the same plan admitted is out of reach: if it was swapped in, its keys and values have not come back yet.
     Work that may wait goes before any other, except that `LAST` in one queue is blind to class.
     """
     decision = state.decision[0]
     blind = decision.discipline == ONE_QUEUE and decision.victim == LAST
     best = NONE
-    for i in range(state.scheduler[0].running):
+    for i in range(state.scheduler[0].running - state.scheduler[0].joined):
         r = state.running[i]
         request = state.requests[r]
         if request.status != RUNNING:

@@ -141,6 +141,7 @@ def plan(state: State) -> None:
         admit_waiting(state, False, True)
     else:
         admit_waiting(state, True, True)
+    scheduler.joined = 0
     if state.classes[IMMEDIATE].preempted + state.classes[DEFERRED].preempted > 0:
         compact(state)
 

@@ -105,6 +105,7 @@ SCHEDULER = np.dtype(
         ("promises_next", "i8"),  # next entry of `promises` to fall due
         ("promises_length", "i8"),
         ("running", "i8"),  # entries of the `running` list
+        ("joined", "i8"),  # of them, the last ones, admitted by the plan that is being made: it evicts none of them
         ("free_blocks", "i8"),
         ("host_free_blocks", "i8"),
         ("cached_blocks", "i8"),  # free blocks that a waiting request could still reuse

@@ -50,6 +50,7 @@ def start(state: State, trace: np.ndarray, promises: np.ndarray, seed: int) -> N
     scheduler.promises_length = len(promises)
     state.promises[: len(promises)] = promises
     scheduler.running = 0
+    scheduler.joined = 0
     scheduler.free_blocks = engine.kv_blocks
     scheduler.host_free_blocks = engine.host_kv_blocks
     scheduler.cached_blocks = 0

@@ -173,6 +173,7 @@ class Reference:
         self.itls_s: list[float] = []
         self.batch = Batch()
         self.evicted: list[Request] = []  # in the current iteration
+        self.joined: list[Request] = []  # in the iteration being planned, which evicts none of them
         self.decision: dict[str, Any] = {}
         self.targets_s: dict[bool, float] = {}  # by whether the work may wait
         self.floor = 0
@@ -253,6 +254,7 @@ class Reference:
         for immediate, deferred in phases:
             self.run_on(immediate, deferred)
             self.admit_some(immediate, deferred)
+        self.joined = []
 
     @property
     def budget(self) -> int:
@@ -330,7 +332,8 @@ class Reference:
         need = self.blocks(tokens) - request.kv_blocks
         while need > len(self.free):
             anyone = self.decision["discipline"] == ONE_QUEUE or not request.waits
-            victim = self.victim([other for other in self.running if anyone or other.waits])
+            settled = [other for other in self.running if other not in self.joined]
+            victim = self.victim([other for other in settled if anyone or other.waits])
             self.preempt(victim)
             if victim is request:
                 return False
@@ -477,14 +480,14 @@ class Reference:
             return self.need(request, running) <= free and len(running) < self.engine["max_running"]
 
         if not fits(self.running, len(self.free)):
-            keep = [other for other in self.running if not other.waits]
-            reach = len(self.free) + sum(other.kv_blocks for other in self.running if other.waits)
+            keep = [other for other in self.running if not other.waits or other in self.joined]
+            reach = len(self.free) + sum(other.kv_blocks for other in self.running if other not in keep)
             if request.waits or not decision["preempt_for_immediate"] or len(keep) == len(self.running):
                 return False
             if self.need(request, keep) > reach:
                 return False
             while not fits(self.running, len(self.free)):
-                self.preempt(self.victim([other for other in self.running if other.waits]))
+                self.preempt(self.victim([other for other in self.running if other not in keep]))
         if request.host_blocks > 0:
             self.host_free += request.host_blocks
             request.host_blocks = 0
@@ -499,6 +502,7 @@ class Reference:
         request.status = RUNNING
         request.computed = start
         self.running.append(request)
+        self.joined.append(request)
         self.take(request, self.blocks(start + tokens) - request.kv_blocks)
         self.batch.add(request, tokens)
         return True

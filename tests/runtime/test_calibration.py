@@ -13,6 +13,7 @@ from flexirl.policies.registry import make_policy
 from flexirl.runtime.calibration import calibrate, draw_shapes, make_batch
 from flexirl.runtime.engine import EngineProfile, load_profile, make_profile
 from flexirl.runtime.executor import Batch, Moves, Outcome
+from flexirl.runtime.requests import Image, Request
 
 ABOUT = {"machine": "a device of known times", "date": "2026-01-01"}
 
@@ -24,14 +25,19 @@ def engine(**changes: float) -> EngineProfile:
 
 
 class KnownDevice:
-    """Takes 5 ms an iteration, 40 microseconds a token, 1 a token of decode context, 3 a token moved."""
+    """Takes 5 ms an iteration, 40 microseconds a token, 1 a token of decode context, 3 a token moved.
+
+    And, if it takes images, 200 for each of their tokens, which it encodes when first it sees the request.
+    """
 
     vocab_size = 50
     end_tokens = ()
 
-    def __init__(self, profile: EngineProfile) -> None:
+    def __init__(self, profile: EngineProfile, image_token: int | None = None) -> None:
         self.profile = profile
+        self.image_token = image_token
         self.now_s = 0.0
+        self._to_encode: dict[int, int] = {}
 
     @property
     def free_host_blocks(self) -> int:
@@ -45,14 +51,27 @@ class KnownDevice:
     def execute(self, batch: Batch, sampling: Any, interrupted: Any) -> Outcome:
         decodes = batch.query_lens == 1
         self.now_s += 5e-3 + 4e-5 * len(batch.tokens) + 1e-6 * batch.context_lens[decodes].sum()
+        self.now_s += 2e-4 * sum(self._to_encode.pop(r, 0) for r in batch.requests.tolist())
         return Outcome(np.zeros(len(batch.sampled_rows), np.int64), {}, 0.0)
 
+    def check_images(self, request: Request) -> int:
+        marks = list(request.prompt).count(self.image_token)
+        assert sum(len(image.pixels) for image in request.images) == marks
+        return marks
+
+    def take_images(self, r: int, request: Request) -> None:
+        self._to_encode[r] = self.check_images(request)
+
+    def draw_image(self, tokens: int, rng: np.random.Generator) -> Image:
+        return Image(np.zeros((tokens, 1)), (1, 1, tokens))
+
     def forget(self, r: int) -> None:
-        pass
+        self._to_encode.pop(r, None)
 
 
-def test_a_device_of_the_models_form_is_found_again() -> None:
-    device = KnownDevice(engine())
+@pytest.mark.parametrize("image_token", [None, 7])
+def test_a_device_of_the_models_form_is_found_again(image_token: int | None) -> None:
+    device = KnownDevice(engine(), image_token)
     found = calibrate(device, make_policy("qoserve"), "known", ABOUT, 20.0, 0, now_s=lambda: device.now_s)
     values = found.profile.values
     assert found.profile.fit["mape"] < 1e-3 and values["noise"] < 1e-6
@@ -60,6 +79,9 @@ def test_a_device_of_the_models_form_is_found_again() -> None:
     assert values["per_token_s"] + values["per_sequence_s"] == pytest.approx(4e-5, rel=0.05)
     assert values["per_context_s"] == pytest.approx(1e-6, rel=0.01)
     assert values["per_swap_token_s"] == pytest.approx(3e-6)
+    assert values["per_image_token_s"] == pytest.approx(0.0 if image_token is None else 2e-4, rel=0.01)
+    origin = "not measured" if image_token is None else "measured"
+    assert found.profile.origin["per_image_token_s"].startswith(origin)
     assert found.profile.name == "known" and found.profile.fit["machine"] == ABOUT["machine"]
     assert {name: values[name] for name in ("kv_blocks", "max_running")} == {"kv_blocks": 400, "max_running": 32}
 
@@ -67,11 +89,16 @@ def test_a_device_of_the_models_form_is_found_again() -> None:
 @pytest.mark.parametrize("profile", [engine(), engine(kv_blocks=70), load_profile("cpu-tiny")])
 def test_drawn_iterations_fit_into_the_engine(profile: EngineProfile) -> None:
     rng = np.random.default_rng(0)
-    limits, device = profile.values, KnownDevice(profile)
-    kinds = set()
-    for shape in itertools.islice(draw_shapes(profile, rng), 90):
-        batch, features = make_batch(shape, device, rng)
+    limits, device = profile.values, KnownDevice(profile, image_token=7)
+    kinds, pictures = set(), []
+    for shape in itertools.islice(draw_shapes(profile, rng, images=True), 90):
+        batch, features, pictured = make_batch(shape, device, rng)
         kinds.add((shape.decodes > 0, shape.chunk > 0))
+        if pictured is not None:
+            pictures.append(len(pictured.images))
+            assert list(pictured.prompt[shape.before :]) == batch.tokens[shape.decodes :].tolist()
+            assert len(pictured.images) == shape.images
+            assert features["image_tokens"] == shape.image_tokens <= shape.chunk
         assert len(batch.tokens) <= limits["max_tokens_per_step"] and len(batch.query_lens) <= limits["max_running"]
         assert batch.context_lens.max() <= limits["max_model_len"]
         assert (batch.query_lens <= batch.context_lens).all()
@@ -83,6 +110,7 @@ def test_drawn_iterations_fit_into_the_engine(profile: EngineProfile) -> None:
         assert len(set(np.concatenate(used).tolist())) == sum(map(len, used)) <= limits["kv_blocks"]
         assert features["prefill_tokens"] + features["decode_sequences"] == len(batch.tokens)
     assert kinds == {(True, False), (False, True), (True, True)}
+    assert 20 < len(pictures) < 45 and max(pictures) > 1
 
 
 def test_no_time_to_measure_is_refused() -> None:

@@ -13,15 +13,19 @@ from live_toys import Constant, LiveRun, RandomPolicy
 from model_toys import FAMILIES, CheckedExecutor, generate_alone
 from torch import Tensor
 
+from flexirl.runtime.engine import load_profile
 from flexirl.runtime.executor import Batch, Interrupted
 from flexirl.runtime.kernels import AttentionBatch, plan_attention
 from flexirl.runtime.kernels.work_list import pad_decodes, plan_work
+from flexirl.runtime.live import LiveEngine
 from flexirl.runtime.models import executor as executor_file
 from flexirl.runtime.models.decode_graphs import padded_sizes
+from flexirl.runtime.models.executor import ModelExecutor, fit_profile
 from flexirl.runtime.models.loading import LoadedModel, load_model
 from flexirl.runtime.models.tiny import build
 from flexirl.runtime.requests import Request
 from flexirl.runtime.sampling import SAMPLING, Sampling
+from flexirl.workloads.scenario import SLO
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -98,6 +102,27 @@ def test_work_lists_stay_where_they_are(model: LoadedModel, monkeypatch: pytest.
     for request in requests:
         assert run.completions[request.id].token_ids == generate_alone(model, request)
     assert all(len(places) == 1 for places in executor.addresses.values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["tiny", "tiny-qwen3", "tiny-mistral", "tiny-vl"])
+def test_captured_graphs_change_no_token(name: str) -> None:
+    """Graphs, fused kernels and Triton's attention on a GPU in fp32 against the model alone on the CPU."""
+    loaded, alone = load_model(name, "cuda", "float32"), load_model(name)
+    executor = ModelExecutor(loaded, fit_profile(loaded, load_profile("cpu-tiny"), 400, 100))
+    assert executor._graphs is not None
+    ended: dict[str, list[int]] = {}
+    engine = LiveEngine(
+        executor, RandomPolicy(2, 64), SLO(1.0, 0.05), on_end=lambda done: ended.update({done.id: done.token_ids})
+    )
+    rng = np.random.default_rng(4)
+    requests = [Request(f"r{i}", rng.integers(0, 256, rng.integers(1, 50)).tolist(), 30, i % 2,
+                        Sampling(ignore_eos=True)) for i in range(20)]  # fmt: skip
+    for request in requests:
+        engine.add_request(request)
+    engine.drain()
+    for request in requests:
+        assert ended[request.id] == generate_alone(alone, request)
 
 
 def decodes(context_lens: list[int], first_block: int) -> Batch:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from live_toys import Constant, LiveRun, RandomPolicy
+from live_toys import Constant, LiveRun, RandomPolicy, ToyExecutor
 from model_toys import FAMILIES, SEEING, CheckedExecutor
 from torch import Tensor
+from toys import deferred, toy_trace
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from flexirl.errors import UserError
+from flexirl.policies.registry import make_policy
+from flexirl.runtime.accounts import Prices
+from flexirl.runtime.calibration import draw_shapes, make_batch
+from flexirl.runtime.live_run import run_live
 from flexirl.runtime.models.loading import LoadedModel, load_model
 from flexirl.runtime.models.tiny import build
 from flexirl.runtime.models.vision import Vision
 from flexirl.runtime.requests import Image, Request
 from flexirl.runtime.sampling import Sampling
+from flexirl.workloads.scenario import SLO
 
 IMAGE, START, END = 258, 260, 261
 
@@ -126,6 +133,38 @@ def test_images_are_encoded_when_reached_and_as_the_scheduler_counts(model: Mode
     encoded = [tokens for _, tokens in steps]
     assert encoded[:4] == [10, 20, 30, 30] and encoded[-1] == 30
     assert np.cumsum([step.features["image_tokens"] for step, _ in steps]).tolist() == encoded
+
+
+def test_calibration_encodes_what_it_counts(model: Model) -> None:
+    """Every run of a drawn iteration encodes its images anew."""
+    rng = np.random.default_rng(1)
+    executor = WatchedExecutor(model)
+    seen = 0
+    for shape in itertools.islice(draw_shapes(executor.profile, rng, images=True), 30):
+        for _ in range(2):
+            batch, features, pictured = make_batch(shape, executor, rng)
+            if pictured is not None:
+                executor.take_images(shape.decodes, pictured)
+            before = executor.encoded
+            executor.execute(batch, None, None)
+            executor.forget(shape.decodes)
+            assert executor.encoded - before == features["image_tokens"]
+        seen += features["image_tokens"] > 0
+    assert seen > 5
+
+
+def test_a_trace_with_images_runs_with_images(model: Model) -> None:
+    """Where the model takes any; elsewhere their tokens are text."""
+    picture = {"num_images": 2, "image_tokens": 12}
+    trace = toy_trace(deferred(0.0, 20, 3, **picture), deferred(0.0, 9, 3), deferred(0.0, 12, 3, **picture))
+    executor = WatchedExecutor(model)
+    slo = SLO(1e9, 1e9)
+    run = run_live(make_policy("qoserve"), executor, trace, slo, 1e9, 0.0, 0.2, 0, Prices())
+    assert run.state.requests["num_images"].tolist() == [2, 0, 2]
+    # The last prompt has no text to tell its two images apart with, so each is a token shorter.
+    assert run.state.requests["image_tokens"].tolist() == [12, 0, 10] and executor.encoded == 22
+    text = run_live(make_policy("qoserve"), ToyExecutor(executor.profile), trace, slo, 1e9, 0.0, 0.2, 0, Prices())
+    assert text.state.requests["num_images"].tolist() == [0, 0, 0]
 
 
 def test_what_the_image_shows_matters(model: Model) -> None:

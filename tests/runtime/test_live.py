@@ -28,6 +28,7 @@ from flexirl.runtime.policy import View
 from flexirl.runtime.requests import Completion, Request, Update
 from flexirl.runtime.sampling import Sampling
 from flexirl.runtime.shadow import Shadow
+from flexirl.runtime.state import LAST, ONE_QUEUE, RECOMPUTE, SWAP
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 ENGINE: dict[str, float] = {
@@ -174,6 +175,33 @@ def test_an_expected_arrival_interrupts_when_its_time_has_come() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ memory
+
+
+@pytest.mark.parametrize("mode", [SWAP, RECOMPUTE])
+def test_what_a_plan_swaps_in_it_does_not_evict(mode: int) -> None:
+    """An immediate request behind a returning deferred one, without memory for both, comes an iteration later."""
+    rule: dict[str, float] = {"discipline": ONE_QUEUE, "preempt_for_immediate": 1, "victim": LAST, "preemption": SWAP}
+    executor = ToyExecutor(toy_engine(kv_blocks=6, host_kv_blocks=8, block_size=4, max_model_len=24, prefix_caching=1))
+    run = LiveRun(executor, Constant(**rule))
+    sampling = Sampling(ignore_eos=True)
+    waits = Request("waits", list(range(12)), 8, DEFERRED, sampling)
+    urgent = Request("urgent", list(range(16)), 4, IMMEDIATE, sampling, ttft_s=1e9, tpot_s=1e9)
+    run.engine.add_request(waits)
+    run.step(3)
+    run.engine.policy = Constant(**rule, preempt_count=1)
+    run.step()
+    run.engine.add_request(urgent)
+    run.engine.policy = Constant(**{**rule, "preemption": mode})
+    preemptions = 0
+    while run.engine.unfinished:
+        run.step()
+        if executor.moved_back == 1 and not preemptions:
+            preemptions = run.engine.metrics()["preemptions"]
+    assert preemptions == 1  # it was back, and ran, before it had to leave again
+    metrics = run.engine.metrics()
+    assert metrics["preemptions"] == 2 and executor.moved_out == executor.moved_back == (2 if mode == SWAP else 1)
+    for request in (waits, urgent):
+        assert run.completions[request.id].token_ids == alone(request.prompt, request.max_tokens, ())
 
 
 def test_out_of_memory_makes_iterations_smaller(caplog: pytest.LogCaptureFixture) -> None:

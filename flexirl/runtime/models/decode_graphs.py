@@ -51,7 +51,7 @@ class DecodeGraphs:
         self._filled: tuple[_Padded, int] | None = None
 
     def takes(self, batch: Batch) -> bool:
-        """Whether a batch only decodes; a last chunk of one token is a decode by another name."""
+        """Whether a batch only decodes; a chunk of one token is a decode by another name."""
         return len(batch.tokens) == len(batch.query_lens)
 
     def fill(self, batch: Batch) -> None:

@@ -20,7 +20,7 @@ from flexirl.runtime.models.attention import PagedIteration
 from flexirl.runtime.models.decode_graphs import Capture, DecodeGraphs, capture_graph
 from flexirl.runtime.models.images import ImageTable, Pictured
 from flexirl.runtime.models.loading import LoadedModel, total_memory
-from flexirl.runtime.requests import Request
+from flexirl.runtime.requests import Image, Request
 from flexirl.runtime.sampling import Logprobs, choose, likeliest, log_probabilities
 
 _LOG = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ class ModelExecutor:
         self.profile = profile
         self.vocab_size = model.vocab_size
         self.end_tokens = model.end_tokens
+        self.image_token = model.vision.image_token if model.vision is not None else None
         self._model = model.model
         self._geometry = model.geometry
         self._block_size = int(profile.values["block_size"])
@@ -92,6 +93,11 @@ class ModelExecutor:
         """See `Executor`."""
         assert self._images is not None
         self._images.enter(r, request.prompt, request.images)
+
+    def draw_image(self, tokens: int, rng: np.random.Generator) -> Image:
+        """See `Executor`."""
+        assert self._images is not None
+        return self._images.vision.draw(tokens, rng)
 
     def forget(self, r: int) -> None:
         """See `Executor`."""

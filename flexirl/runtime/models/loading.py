@@ -32,6 +32,7 @@ from flexirl.runtime.kernels import plan_attention
 from flexirl.runtime.kv_cache import blocks_for
 from flexirl.runtime.models.attention import NAME, PagedIteration, Rotation, Unsupported
 from flexirl.runtime.models.fusing import fuse
+from flexirl.runtime.models.image_files import ImageFiles
 from flexirl.runtime.models.tiny import SHAPES, tiny_model
 from flexirl.runtime.models.vision import FAMILIES, Vision
 
@@ -55,7 +56,8 @@ class LoadedModel:
     """A model ready to run with paged attention.
 
     max_len: longest sequence it was made for; end_tokens: those that end an output; tokenizer: None if the folder has
-    none, so that only token numbers can be used; vision: None for a model of text alone.
+    none, so that only token numbers can be used; vision: None for a model of text alone; image_files: None also without
+    an image processor in the folder, so that only prepared images can be used.
     """
 
     name: str
@@ -66,6 +68,7 @@ class LoadedModel:
     max_len: int
     end_tokens: tuple[int, ...]
     vision: Vision | None = None
+    image_files: ImageFiles | None = None
 
     @property
     def device(self) -> torch.device:
@@ -99,6 +102,8 @@ def load_model(
         tokenizer = _tokenizer(folder)
         fused = where.type == "cuda" if fused is None else fused
         vision, geometry, vocab_size = _probe(model, folder, fused)
+        has_processor = (folder / "preprocessor_config.json").is_file()
+        image_files = ImageFiles(folder, vision) if vision is not None and has_processor else None
     text_config = config.get_text_config()
     return LoadedModel(
         name=str(name_or_path) if str(name_or_path) in SHAPES else folder.resolve().name,
@@ -109,6 +114,7 @@ def load_model(
         max_len=int(getattr(text_config, "max_position_embeddings", None) or np.iinfo(np.int32).max),
         end_tokens=_end_tokens(model, tokenizer),
         vision=vision,
+        image_files=image_files,
     )
 
 
@@ -349,9 +355,7 @@ def _geometry(model: PreTrainedModel, tokens: Tensor) -> Geometry:
     return Geometry(layers, heads, kv_heads, head_dim)
 
 
-def _paged_logits(
-    model: PreTrainedModel, inputs: dict[str, Tensor], positions: Tensor, geometry: Geometry
-) -> Tensor:  # fmt: skip
+def _paged_logits(model: PreTrainedModel, inputs: dict[str, Tensor], positions: Tensor, geometry: Geometry) -> Tensor:
     """Logits computed in two iterations over a paged cache; inputs: by name, (1, T, ...); positions: (..., T)."""
     blocks = blocks_for(_PROBE_TOKENS, _PROBE_BLOCK)
     cache = torch.zeros(

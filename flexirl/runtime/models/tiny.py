@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 BEGIN, END = "<|begin|>", "<|end|>"
 _BEGIN_ID, _END_ID = 256, 257
@@ -94,10 +93,12 @@ def build(shape: dict[str, Any], folder: Path, seed: int) -> None:
     if sees:
         tokenizer.add_tokens(list(IMAGE_TOKENS), special_tokens=True)
         vision = config.vision_config
-        Qwen2VLImageProcessorPil(
-            patch_size=vision.patch_size, merge_size=vision.spatial_merge_size,
-            temporal_patch_size=vision.temporal_patch_size,
-        ).save_pretrained(folder)  # fmt: skip
+        processor = {
+            "image_processor_type": "Qwen2VLImageProcessor", "patch_size": vision.patch_size,
+            "merge_size": vision.spatial_merge_size, "temporal_patch_size": vision.temporal_patch_size,
+            "size": {"shortest_edge": 56 * 56, "longest_edge": 224 * 224},
+        }  # fmt: skip
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     tokenizer.save_pretrained(folder)
 
 

@@ -23,10 +23,15 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 
 
 class Vision:
-    """The images' side of a model; image_token: stands in a prompt once for every token of an image."""
+    """The images' side of a model.
+
+    image_token: stands in a prompt once for every token of an image; start_token, end_token: around an image.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.image_token = int(model.config.image_token_id)
+        self.start_token = int(model.config.vision_start_token_id)
+        self.end_token = int(model.config.vision_end_token_id)
         self._model: Any = model
         self._merge = int(model.config.vision_config.spatial_merge_size)  # patches of a token's square, side by side
         # Numbers of a patch: colours, two frames and pixels, in one row.

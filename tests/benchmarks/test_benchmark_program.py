@@ -44,10 +44,16 @@ def test_a_small_suite(tmp_path: Path) -> None:
     assert len(list((tmp_path / "outputs" / "benchmark_cache").iterdir())) == 2 * 5
 
 
+def heed_ctrl_c() -> None:
+    """What a shell starts in the background ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_and_on_again(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [*PROGRAM, *SMALL, "seeds=200", "processes=2"], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    )
+        [*PROGRAM, *SMALL, "seeds=200", "processes=2"], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE,
+        text=True, preexec_fn=heed_ctrl_c,
+    )  # fmt: skip
     cache = tmp_path / "outputs" / "benchmark_cache"
     while process.poll() is None and not (cache.is_dir() and list(cache.glob("*.json"))):
         time.sleep(0.05)

@@ -50,7 +50,7 @@ DIALS = (
     Dial("relegate", "times its prefill an immediate request must have left, or it goes last", "0", "3", "6"),
     Dial(
         "window",
-        "time a deferred request must have left in its window, or it goes last",
+        "time a deferred request must have left (at most half its window), or it goes last",
         "0",
         "160 TPOT SLO",
         "320 TPOT SLO",

@@ -52,11 +52,21 @@ def next_to_admit(state: State, immediate: bool, deferred: bool) -> int:
 
 
 @nb.njit(cache=True)
+def start_by_s(decision, request) -> float:
+    """When a deferred request must have started, or it goes behind the others of its class.
+
+    The margin that a decision asks for, but at most half of the window: the shortest windows are not given up at once.
+    """
+    margin_s = min(decision.deferred_margin_s, 0.5 * (request.deadline_s - request.arrival_s))
+    return request.deadline_s - margin_s
+
+
+@nb.njit(cache=True)
 def _hopeless(state: State, r: int) -> bool:
     """True if a request is to be given up: see `relegate` and `deferred_margin_s` in `DECISION`."""
     engine, request, decision = state.engine[0], state.requests[r], state.decision[0]
     if request.request_class == DEFERRED:
-        return state.scheduler[0].now_s + decision.deferred_margin_s > request.deadline_s
+        return state.scheduler[0].now_s > start_by_s(decision, request)
     if decision.relegate <= 0 or request.generated > 0:
         return False
     start = _reusable_tokens(state, r)

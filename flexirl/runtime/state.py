@@ -172,10 +172,8 @@ DECISION = np.dtype(
         ("immediate_slack", "f8"),  # the same, as a share of the least slack of immediate decodes; 0: does not apply
         ("deferred_slack", "f8"),  # likewise for deferred work
         ("deferred_decodes", "f8"),  # share of deferred decodes that run all the same, their time being set aside
-        (
-            "deferred_margin_s",
-            "f8",
-        ),  # deferred requests with less time left in their window go behind the others
+        # Deferred requests with less time left in their window than this, or half of it, go behind the others.
+        ("deferred_margin_s", "f8"),
         ("deferred_kv_share", "f8"),  # no deferred request is admitted above this share of the cache
         ("reserve_ratio", "f8"),  # memory kept for running requests: this share (at most 1) of the output they may make
         ("reserve_new_ratio", "f8"),  # the same for the request to be admitted

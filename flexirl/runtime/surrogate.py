@@ -9,7 +9,7 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
-from flexirl.runtime.admission import next_to_admit, shut_out
+from flexirl.runtime.admission import next_to_admit, shut_out, start_by_s
 from flexirl.runtime.books import (
     OUTPUT_SERVICE,
     best_effort,
@@ -234,8 +234,8 @@ def _fast_forward(state: State, trace: np.ndarray, until_s: float, limit: int) -
     due_s = _next_arrival_s(state, trace)
     waiting = head(state, DEFERRED)
     if waiting != NONE:
-        margin_s = 0.0 if state.requests[waiting].relegated else decision.deferred_margin_s
-        due_s = min(due_s, state.requests[waiting].deadline_s - margin_s)
+        next_one = state.requests[waiting]
+        due_s = min(due_s, next_one.deadline_s if next_one.relegated else start_by_s(decision, next_one))
     immediate, best_efforts = 0, 0
     next_due_s, least_tpot_s = np.inf, np.inf
     block_size = engine.block_size

@@ -451,10 +451,11 @@ class Reference:
     def hopeless(self, request: Request) -> bool:
         """Whether its first token would be late if its prefill, run alone, took `relegate` times as long as it does.
 
-        A deferred one, whether its window has less time left than the margin.
+        A deferred one, whether its window has less time left than the margin, or than half of the window.
         """
         if request.deferred:
-            return self.now_s + self.decision["deferred_margin_s"] > request.deadline_s
+            margin_s = min(self.decision["deferred_margin_s"], (request.deadline_s - request.arrival_s) / 2)
+            return self.now_s > request.deadline_s - margin_s
         if not self.decision["relegate"] or request.generated > 0:
             return False
         engine, start = self.engine, self.reusable(request)

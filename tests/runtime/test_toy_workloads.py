@@ -289,13 +289,25 @@ def test_relegation_lets_the_one_through_that_can_still_make_it() -> None:
 
 
 def test_a_deferred_request_whose_window_is_too_short_lets_another_one_through() -> None:
-    """Each takes 16 + 4 ticks to its first token and 17 to its second: 37. The first to be due has but 30."""
-    trace = toy_trace(deferred(0, 4, 2, window_s=30 * TICK_S), deferred(0, 4, 2, window_s=60 * TICK_S))
-    for margin, kept in ((0, 0), (37, 1)):
+    """Both wait for 30 ticks, and each takes 16 + 4 ticks to its first token and 17 to its second: 37.
+
+    The first to be due has 20 left then; half of its window is 25.
+    """
+    two = (deferred(0, 4, 2, window_s=50 * TICK_S), deferred(0, 4, 2, window_s=100 * TICK_S))
+    for margin, kept in ((0, 0), (19, 0), (21, 1), (37, 1)):
+        trace = toy_trace(immediate(0, 14, 1), *two)
         run = ToyRun(ONE_SEAT, trace, deferred_order=DEADLINE, deferred_margin_s=margin * TICK_S)
         run.advance()
         assert run.state.classes["kept"][DEFERRED] == kept
-    assert in_ticks(run["finish_s"])[1] == 37 and run["relegated"] == [1, 0]
+        assert run["relegated"] == [0, kept, 0]
+
+
+def test_the_margin_is_at_most_half_of_the_window() -> None:
+    for wait, relegated in ((24, 0), (26, 1)):
+        trace = toy_trace(immediate(0, wait - 16, 1), deferred(0, 4, 1, window_s=50 * TICK_S))
+        run = ToyRun(ONE_SEAT, trace, deferred_margin_s=40 * TICK_S)
+        run.advance()
+        assert run["relegated"] == [0, relegated]
 
 
 def test_cached_prefix_saves_its_blocks_and_counts_against_relegation() -> None:

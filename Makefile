@@ -9,7 +9,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 train: .venv/installed
 	$(BIN)/python -m flexirl.train
 
-# The policy that comes with the package, trained anew: about an hour on two cores.
+# The policy that comes with the package, trained anew: a quarter of an hour on two cores.
 pretrained: .venv/installed
 	$(BIN)/python -m flexirl.train mixture=general validation.members=72 total_steps=500000 \
 		hydra.run.dir=outputs/pretrained

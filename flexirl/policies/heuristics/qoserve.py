@@ -16,6 +16,7 @@ Adapted:
 - Deferred requests without a window (an endless backlog) are taken to be due at one common time, which makes their
   order that of the shortest remaining work, behind every immediate request.
 - Low load, which the paper leaves open, means that the prefill that waited stayed below a share of the TTFT promise.
+- Where output lengths are predicted, the prediction takes the place of the mean and two standard deviations.
 - A waiting immediate request that lacks memory evicts deferred ones, decodes included; the paper leaves this open.
 """
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from matplotlib.image import imread
 from omegaconf import DictConfig, OmegaConf
+from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -146,7 +147,7 @@ def warm_start(agent: BaseAlgorithm, tasks: list[Task], seed: int, progress: boo
     dials = search_dials(np.zeros(NUM_DIALS), worth, seed)
     print(f"starting from the best constant dials found: {np.round(dials, 2).tolist()}")
     start_at(agent, dials.tolist())
-    if len(tasks) > 1:
+    if len(tasks) > 1 and not isinstance(agent, RecurrentPPO):  # whose memory single observations cannot teach
         of_each = [
             refine_dials(dials, partial(worth_of_dials, [one], episodes=TUNED_EPISODES, seed=tuning_seed))
             for one in tqdm(tasks, unit=" tasks", desc="tuning", disable=not progress)

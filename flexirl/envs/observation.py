@@ -16,7 +16,7 @@ from flexirl.runtime.state import RUNNING, State
 from flexirl.runtime.step_time import BATCH, prefill_slope, step_time
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
-SCHEMA = "flexirl-observation-2"
+SCHEMA = "flexirl-observation-3"
 
 
 class Feature(NamedTuple):
@@ -61,6 +61,10 @@ TABLE = (
     Feature("arrived_30s", "immediate arrivals per TTFT SLO, mean over 30 s", "requests", "log(1 + n)", 0, 6),
     Feature("least_step", "an iteration of one decode", "TPOT SLO", "1", 0, 4),
     Feature("cache_prefill", "time to prefill the whole cache", "TTFT SLO", "log(1 + n) / 2", 0, 4),
+    Feature("immediate_output", "output made per one finished, means over 30 s", "tokens", "log(1 + n) / 5", 0, 2),
+    Feature("deferred_output", "output made per one finished, means over 30 s", "tokens", "log(1 + n) / 5", 0, 2),
+    Feature("deferred_window", "time to the deadline of the head of their queue", "TTFT SLO", "log(1 + n) / 5", 0, 2),
+    Feature("deferred_predicted", "1 if its output is predicted", "1", "1", 0, 1),
 )
 SIZE = len(TABLE)
 
@@ -89,6 +93,8 @@ MEMORY = np.dtype(  # what the running means need between two observations
         ("lost", "i8"),
         ("deferred_done", "i8"),
         ("preemptions", "i8"),
+        ("output", "i8", (2,)),  # by class, as all that follows with two entries
+        ("finished", "i8", (2,)),
         ("arrivals_1s", "f8"),
         ("arrivals_5s", "f8"),
         ("arrivals_30s", "f8"),
@@ -97,6 +103,8 @@ MEMORY = np.dtype(  # what the running means need between two observations
         ("lost_10s", "f8"),
         ("deferred_5s", "f8"),
         ("preemptions_5s", "f8"),
+        ("output_30s", "f8", (2,)),
+        ("finished_30s", "f8", (2,)),
     ],
     align=True,
 )
@@ -137,6 +145,11 @@ def _remember(state: State, memory) -> float:
         done = (deferred_done - memory.deferred_done) * slope / elapsed_s
         memory.deferred_5s += keep_5s * (done - memory.deferred_5s)
         memory.preemptions_5s += keep_5s * ((preemptions - memory.preemptions) / elapsed_s - memory.preemptions_5s)
+        for c in range(2):
+            output = (state.classes[c].output_done - memory.output[c]) / elapsed_s
+            memory.output_30s[c] += keep_30s * (output - memory.output_30s[c])
+            finished = (state.classes[c].finished - memory.finished[c]) / elapsed_s
+            memory.finished_30s[c] += keep_30s * (finished - memory.finished_30s[c])
     memory.now_s = scheduler.now_s
     memory.busy_s = scheduler.busy_s
     memory.iterations = scheduler.iterations
@@ -145,6 +158,9 @@ def _remember(state: State, memory) -> float:
     memory.lost = immediate.lost
     memory.deferred_done = deferred_done
     memory.preemptions = preemptions
+    for c in range(2):
+        memory.output[c] = state.classes[c].output_done
+        memory.finished[c] = state.classes[c].finished
     return step_s
 
 
@@ -192,9 +208,14 @@ def observe(state: State, memory, promise, batch, low: np.ndarray, high: np.ndar
     out[9] = np.log1p(deferred.waiting) / 5.0
     first = head(state, DEFERRED)
     out[10] = 0.0
-    if first != NONE and state.requests[first].deadline_s < np.inf:
-        left_s = max(state.requests[first].deadline_s - scheduler.now_s, 1e-3)
+    out[32] = np.inf
+    out[33] = 0.0
+    if first != NONE:
+        next_one = state.requests[first]
+        left_s = max(next_one.deadline_s - scheduler.now_s, 1e-3)
         out[10] = deferred.waiting_tokens * prefill_slope(engine) / left_s
+        out[32] = np.log1p(left_s / promise.ttft_s) / 5.0
+        out[33] = 1.0 if next_one.predicted_output_tokens > 0 else 0.0
     out[11] = deferred.running / engine.max_running
     out[12] = deferred.kv_blocks / engine.kv_blocks
     out[13] = owed[DEFERRED] * slope_per_ttft
@@ -214,6 +235,9 @@ def observe(state: State, memory, promise, batch, low: np.ndarray, high: np.ndar
     out[27] = np.log1p(memory.arrived_30s * promise.ttft_s)
     out[28] = _decode_step(engine, batch, 1.0, 1.0) / promise.tpot_s
     out[29] = np.log1p(engine.kv_blocks * engine.block_size * slope_per_ttft) / 2.0
+    for c in range(2):
+        finished = memory.finished_30s[c]
+        out[30 + c] = np.log1p(memory.output_30s[c] / finished) / 5.0 if finished > 0 else 0.0
     if len(out) > SIZE:
         _observe_requests(state, promise, slope_per_ttft, out[SIZE:])
     for i in range(len(out)):

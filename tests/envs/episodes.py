@@ -31,6 +31,7 @@ class Requests:
     window_s: float = np.inf
     always_the_same: bool = False
     num_tenants: int = 1
+    predicted: bool = False
 
     def length_s(self, duration_s: float | None, service_time_s: ServiceTime) -> float:
         """The scenario's own."""
@@ -45,6 +46,7 @@ class Requests:
         rows["prompt_tokens"] = rng.integers(*self.prompts, len(rows), endpoint=True)
         rows["output_tokens"] = rng.integers(*self.outputs, len(rows), endpoint=True)
         rows["max_tokens"] = rows["output_tokens"]
+        rows["predicted_output_tokens"] = rows["output_tokens"] * (rng.random(len(rows)) < 0.5) * self.predicted
         rows["window_s"] = self.window_s
         rows["tenant"] = rng.integers(0, self.num_tenants, len(rows))
         return rows

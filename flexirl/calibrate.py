@@ -19,8 +19,11 @@ from flexirl.plots import plot_calibration
 from flexirl.policies.registry import make_policy
 from flexirl.program import output_folder, run_program
 from flexirl.runtime.calibration import calibrate
+from flexirl.runtime.capacity import ServiceTime
 from flexirl.runtime.engine import save_profile
 from flexirl.runtime.step_time import BATCH
+from flexirl.workloads.config import from_config
+from flexirl.workloads.scenario import SLO
 
 RULE = "qoserve"  # decides in the engine's own run, by which the fit is checked
 
@@ -31,6 +34,8 @@ def run(config: DictConfig) -> None:
     seconds, seed = number(config.seconds, "seconds"), seed_of(config.seed)
     OmegaConf.save(config, folder / "config.yaml", resolve=True)
     model, executor = load_executor(config)
+    slo = SLO(np.inf, np.inf)  # nobody is promised anything here
+    trace = from_config(config.workload).draw(seed, ServiceTime(executor.profile), slo)
     about = {
         "machine": machine(model.device, torch.get_num_threads()), "model": model.name, "dtype": str(model.dtype),
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
@@ -41,6 +46,7 @@ def run(config: DictConfig) -> None:
         found = calibrate(
             executor,
             make_policy(RULE),
+            trace,
             name,
             about,
             seconds,

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from flexirl.envs.fleet import Fleet, Task
 from flexirl.policies.heuristics.tuning import tune
 from flexirl.policies.registry import make_policy
+from flexirl.runtime.calibration import at_pace
 from flexirl.runtime.executor import Executor
 from flexirl.runtime.live_run import run_live
 from flexirl.runtime.policy import Policy
@@ -38,6 +39,15 @@ def on_surrogate(policy: Policy, task: Task, trace: Trace, seed: int) -> Run:
         policy, task.engine, trace, task.slo, task.duration_s(), task.scenario.warmup_s, task.interval_s, seed,
         task.prices,
     )  # fmt: skip
+
+
+def on_surrogate_at(pace: float) -> Runner:
+    """Runs on the surrogate whose iterations take `pace` times as long, on the same arrivals."""
+
+    def run(policy: Policy, task: Task, trace: Trace, seed: int) -> Run:
+        return on_surrogate(policy, replace(task, engine=at_pace(task.engine, pace)), trace, seed)
+
+    return run
 
 
 def on_live(executor: Executor) -> Runner:

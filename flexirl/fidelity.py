@@ -1,4 +1,8 @@
-"""Fidelity: the surrogate held against the live engine, policy by policy on the same traces."""
+"""Fidelity: two engines held against each other, policy by policy on the same traces.
+
+The surrogate against the live engine says how well it stands in for it; the live engine against itself, how far two
+runs on this machine differ anyway.
+"""
 
 from __future__ import annotations
 
@@ -19,44 +23,47 @@ FIGURES = (
 )  # fmt: skip
 
 
-def side_by_side(live: Sequence[Row], surrogate: Sequence[Row]) -> list[dict[str, Any]]:
-    """Rows of policy, figure, live, surrogate and difference (a share of the live figure; None where that is 0)."""
-    theirs = {row["policy"]: row for row in summarise(surrogate)}
+def side_by_side(first: Sequence[Row], second: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows of policy, figure, first and second value, and difference (a share of the first; None where that is 0)."""
+    theirs = {row["policy"]: row for row in summarise(second)}
     rows = []
-    for mine in summarise(live):
+    for mine in summarise(first):
         for figure in FIGURES:
-            measured, simulated = mine[figure], theirs[mine["policy"]][figure]
-            known = measured is not None and simulated is not None and measured != 0
+            one, other = mine[figure], theirs[mine["policy"]][figure]
+            known = one is not None and other is not None and one != 0
             rows.append(
                 {
-                    "policy": mine["policy"], "figure": figure, "live": measured, "surrogate": simulated,
-                    "difference": simulated / measured - 1 if known else None,
+                    "policy": mine["policy"], "figure": figure, "first": one, "second": other,
+                    "difference": other / one - 1 if known else None,
                 }
             )  # fmt: skip
     return rows
 
 
-def rank_agreement(live: Sequence[Row], surrogate: Sequence[Row]) -> float:
+def rank_agreement(first: Sequence[Row], second: Sequence[Row]) -> float:
     """Kendall's tau between the orders of the policies by revenue: 1 is the same order, -1 the reverse."""
-    theirs = {row["policy"]: row["revenue_per_s"] for row in summarise(surrogate)}
-    mine = {row["policy"]: row["revenue_per_s"] for row in summarise(live)}
+    theirs = {row["policy"]: row["revenue_per_s"] for row in summarise(second)}
+    mine = {row["policy"]: row["revenue_per_s"] for row in summarise(first)}
     return float(kendalltau(list(mine.values()), [theirs[policy] for policy in mine]).statistic)
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as text, a block per policy."""
-    lines = [f"{'':34}{'live':>14}{'surrogate':>14}{'difference':>12}"]
+def table(rows: Sequence[dict[str, Any]], engines: Sequence[str]) -> str:
+    """The rows as text, a block per policy; engines: the names of the first and the second."""
+    lines = [f"{'':34}{engines[0]:>14}{engines[1]:>14}{'difference':>12}"]
     policy = None
     for row in rows:
         if row["policy"] != policy:
             policy = row["policy"]
             lines.append(policy)
-        numbers = ["-" if row[name] is None else f"{row[name]:,.4g}" for name in ("live", "surrogate")]
+        numbers = ["-" if row[name] is None else f"{row[name]:,.4g}" for name in ("first", "second")]
         difference = "-" if row["difference"] is None else f"{row['difference']:+.1%}"
         lines.append(f"  {row['figure']:32}{numbers[0]:>14}{numbers[1]:>14}{difference:>12}")
     return "\n".join(lines)
 
 
-def write_fidelity(rows: Sequence[dict[str, Any]], tau: float, folder: Path) -> None:
-    """fidelity.json: the rows, and how far the orders of the policies agree."""
-    (folder / "fidelity.json").write_text(json.dumps({"rows": list(rows), "kendall_tau": tau}, indent=1) + "\n")
+def write_fidelity(
+    rows: Sequence[dict[str, Any]], engines: Sequence[str], tau: float, paces: Sequence[float], folder: Path
+) -> None:
+    """fidelity.json: the engines, the rows, how far the orders of the policies agree, the machine's paces."""
+    found = {"engines": list(engines), "rows": list(rows), "kendall_tau": tau, "paces": list(paces)}
+    (folder / "fidelity.json").write_text(json.dumps(found, indent=1) + "\n")

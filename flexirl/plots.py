@@ -136,8 +136,8 @@ def plot_calibration(
     figure.savefig(folder / "calibration.png")
 
 
-def plot_fidelity(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Differences between surrogate and live engine, a row of dots per figure; `rows` of `fidelity.side_by_side`."""
+def plot_fidelity(rows: Sequence[Mapping[str, Any]], engines: Sequence[str], path: Path) -> None:
+    """Differences between two engines, a row of dots per figure; `rows` of `fidelity.side_by_side`."""
     figures = list(dict.fromkeys(row["figure"] for row in rows))[::-1]
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     figure = new_figure(9, 0.32 * len(figures) + 1.4)
@@ -148,7 +148,7 @@ def plot_fidelity(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.scatter(shares, [figures.index(row["figure"]) for row in mine], s=22, color=f"C{i}", label=policy)
     axes.axvline(0.0, color=NEUTRAL, linewidth=0.8)
     axes.set_yticks(range(len(figures)), figures)
-    axes.set(xlabel="surrogate against live engine, % (log beyond 10)")
+    axes.set(xlabel=f"{engines[1]} against {engines[0]}, % (log beyond 10)")
     axes.set_xscale("symlog", linthresh=10)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.savefig(path)

@@ -20,6 +20,7 @@ def rows(**revenue: float) -> list[dict[str, Any]]:
     ]
 
 
+ENGINES = ("live", "surrogate")
 LIVE = rows(a=100.0, b=80.0, c=50.0, d=10.0)
 
 
@@ -35,15 +36,15 @@ def test_agreement_of_orders(surrogate: dict[str, float], tau: float) -> None:
     assert rank_agreement(LIVE, rows(**surrogate)) == pytest.approx(tau)
 
 
-def test_differences_are_shares_of_the_live_figure(tmp_path: Path) -> None:
+def test_differences_are_shares_of_the_first_figure(tmp_path: Path) -> None:
     compared = side_by_side(LIVE, rows(a=110.0, b=60.0, c=50.0, d=10.0))
     assert len(compared) == 4 * len(FIGURES)
     by_key = {(row["policy"], row["figure"]): row for row in compared}
     assert by_key["a", "revenue_per_s"]["difference"] == pytest.approx(0.1)
     assert by_key["b", "revenue_per_s"]["difference"] == pytest.approx(-0.25)
     assert by_key["a", "preemptions"]["difference"] is None
-    assert "+10.0%" in table(compared)
-    write_fidelity(compared, 0.5, tmp_path)
+    assert "+10.0%" in table(compared, ENGINES)
+    write_fidelity(compared, ENGINES, 0.5, [1.1, 0.9], tmp_path)
     assert json.loads((tmp_path / "fidelity.json").read_text())["kendall_tau"] == 0.5
-    plot_fidelity(compared, tmp_path / "fidelity.png")
+    plot_fidelity(compared, ENGINES, tmp_path / "fidelity.png")
     assert (tmp_path / "fidelity.png").stat().st_size > 5_000

@@ -40,8 +40,9 @@ def test_live_and_surrogate_side_by_side(profile: Path, tmp_path: Path) -> None:
     fidelity = json.loads((tmp_path / "fidelity.json").read_text())
     assert -1 <= fidelity["kendall_tau"] <= 1 and "Kendall" in done.stdout
     figures = {row["figure"]: row for row in fidelity["rows"] if row["policy"] == "qoserve"}
-    # How close they are depends on what else this machine does; that both served the trace does not.
-    assert figures["deferred_tokens_per_s"]["live"] > 0 and figures["iterations"]["live"] > 10
+    assert fidelity["engines"] == ["live", "surrogate"] and figures["iterations"]["first"] > 10
+    # How close they are depends on what else this machine does between calibration and run: the limit is wide.
+    assert -0.5 < figures["step_time_mean_s"]["difference"] < 1.0
     for engine in ("live", "surrogate"):
         board = json.loads((tmp_path / engine / "leaderboard.json").read_text())
         assert {row["policy"] for row in board} == {"qoserve", "immediate_only", "deferred_only"}

@@ -1,9 +1,11 @@
 """Calibration: measures an executor iteration by iteration and fits the step-time model to what it measured.
 
 Iterations are drawn over the whole range that an engine can plan, log-uniformly, so that small ones count as much as
-large ones: decodes alone, a prefill chunk alone, both together, and chunks with images where the model takes any. What
-the host does between two iterations is measured on the engine itself, running a mix of requests, and so is how well the
-fitted model predicts that run.
+large ones: decodes alone, prefill chunks alone, both together, and chunks with images where the model takes any.
+Decodes of a batch are of different lengths, and chunks of one or several prompts, as an engine's are: both cost time.
+Half of the weight in the fit goes to iterations of the engine itself, running requests of a workload: the form is a
+little wrong everywhere, and should be least so where the engine works. The run also shows what the host does between
+two iterations. How well the fitted model predicts an engine is measured on a second run, of other requests.
 """
 
 from __future__ import annotations
@@ -28,25 +30,30 @@ from flexirl.runtime.random_prompts import draw_prompt
 from flexirl.runtime.sampling import Sampling
 from flexirl.runtime.step_time import BATCH, COEFFICIENTS, design_matrix, fit
 from flexirl.workloads.scenario import SLO
-from flexirl.workloads.trace import DEFERRED, IMMEDIATE
+from flexirl.workloads.trace import DEFERRED, IMMEDIATE, Trace
 
 REPEATS = 5  # runs of each drawn iteration: their median is its time, their spread the noise
 LEAST_SHAPES = 40  # iterations drawn at least, however slow the engine is
 SWAP_BLOCKS = 64  # blocks moved at once to measure the way to host memory
-RUN_REQUESTS = 64  # of the run on the engine
+PROMPTS = 4  # that an iteration's chunk is of, at most
+RUN_REQUESTS = 96  # of each run on the engine
 
 
 @dataclass(frozen=True)
 class Shape:
-    """An iteration: `decodes` sequences at `context` tokens each, and a chunk of `chunk` tokens behind `before`.
+    """An iteration: `decodes` sequences, and `chunk` prompt tokens of `prompts` prompts.
 
-    Of the chunk, `image_tokens` stand for `images` images, all of one size.
+    context: tokens that the decodes attend to, from `context - spread` to `context + spread`, evenly; before: tokens of
+    the first prompt computed before; the others begin. Of the chunk, `image_tokens` stand for `images` images, all of
+    one size and in the one prompt there is then.
     """
 
     decodes: int
     context: int
     chunk: int
     before: int
+    spread: int = 0
+    prompts: int = 1
     images: int = 0
     image_tokens: int = 0
 
@@ -55,8 +62,8 @@ class Shape:
 class Calibration:
     """What was measured.
 
-    profile: the fitted engine; features, times_s: `BATCH` records (n,) and seconds (n,) of the drawn iterations;
-    steps: iterations of the engine's own run, and predicted_s what the profile says they take.
+    profile: the fitted engine; features, times_s: `BATCH` records (n,) and seconds (n,) of the iterations measured for
+    the fit; steps: iterations of the engine's second run, and predicted_s what the profile says they take.
     """
 
     profile: EngineProfile
@@ -86,14 +93,18 @@ def draw_shapes(profile: EngineProfile, rng: np.random.Generator, images: bool =
         chunk = max(log_uniform(min(tokens - decodes, longest)), 2) if kind != 0 else 0
         before = log_uniform(longest - chunk) - 1 if chunk < longest and rng.random() < 0.5 else 0
         room = cache_tokens - _padded(chunk + before, limits) if chunk else cache_tokens
-        # A block of each decode may be partly filled.
+        # A block of each decode, and of each prompt but the first, may be partly filled.
+        prompts = min(int(rng.integers(1, PROMPTS + 1)), chunk // 2, int(limits["max_running"]) - decodes)
+        room -= (max(prompts, 1) - 1) * int(limits["block_size"])
         context = min(log_uniform(longest), room // max(decodes, 1) - int(limits["block_size"]))
         if decodes == 0 or context >= 1:
+            spread = int(rng.uniform() * min(context - 1, longest - context)) if decodes else 0
             count = size = 0
             if images and chunk and rng.random() < 0.5:
+                prompts = 1
                 size = log_uniform(chunk - 1)
                 count = log_uniform(chunk // (size + 1))
-            yield Shape(decodes, context if decodes else 0, chunk, before, count, count * size)
+            yield Shape(decodes, context if decodes else 0, chunk, before, spread, prompts, count, count * size)
             kind = (kind + 1) % 3
 
 
@@ -107,9 +118,12 @@ def make_batch(shape: Shape, executor: Executor, rng: np.random.Generator) -> tu
     And the request of the chunk, in place `shape.decodes`, if it has images.
     """
     block_size = int(executor.profile.values["block_size"])
-    query_lens = np.array([1] * shape.decodes + [shape.chunk] * (shape.chunk > 0), np.int64)
-    chunk_end = shape.before + shape.chunk
-    context_lens = np.array([shape.context] * shape.decodes + [chunk_end] * (shape.chunk > 0), np.int64)
+    share, rest = divmod(shape.chunk, max(shape.prompts, 1))
+    chunks = np.array([share + rest] + [share] * (shape.prompts - 1) if shape.chunk else [], np.int64)
+    before = shape.before * (np.arange(len(chunks)) == 0)
+    contexts = shape.context + np.rint(shape.spread * np.linspace(-1.0, 1.0, shape.decodes)).astype(np.int64)
+    query_lens = np.concatenate([np.ones(shape.decodes, np.int64), chunks])
+    context_lens = np.concatenate([rng.permutation(contexts), before + chunks])
     blocks = -(-context_lens // block_size)
     table = np.zeros((len(blocks), blocks.max()), np.int32)
     free = rng.permutation(int(executor.profile.values["kv_blocks"])).astype(np.int32)
@@ -130,8 +144,8 @@ def make_batch(shape: Shape, executor: Executor, rng: np.random.Generator) -> tu
     features["prefill_tokens"] = shape.chunk
     features["decode_sequences"] = shape.decodes
     features["sampled_sequences"] = len(blocks)
-    features["decode_context"] = shape.decodes * shape.context
-    features["chunk_context"] = shape.chunk * (shape.before + 0.5 * shape.chunk)
+    features["decode_context"] = contexts.sum()
+    features["chunk_context"] = (chunks * (before + 0.5 * chunks)).sum()
     return Batch(
         tokens=tokens, positions=positions, slots=slots, query_lens=query_lens,
         context_lens=context_lens, block_table=table, sampled_rows=ends - 1,
@@ -140,23 +154,32 @@ def make_batch(shape: Shape, executor: Executor, rng: np.random.Generator) -> tu
 
 
 def calibrate(
-    executor: Executor, policy: Policy, name: str, about: dict[str, Any], seconds: float, seed: int,
+    executor: Executor, policy: Policy, trace: Trace, name: str, about: dict[str, Any], seconds: float, seed: int,
     progress: Callable[[float], object] = lambda share: None, now_s: Callable[[], float] = time.perf_counter,
 ) -> Calibration:  # fmt: skip
     """Measures for about `seconds` and fits; the profile keeps the limits of the executor's own.
 
-    policy: decides in the engine's run; about: machine, model and versions, kept in the profile beside the fit's
-    error; progress: called with the share of `seconds` that has passed; now_s: the clock that the executor's work
-    moves. Raises UserError for too little time.
+    policy: decides in the engine's runs; trace: whose requests run there, all that the engine can hold; about: machine,
+    model and versions, kept in the profile beside the fit's error; progress: called with the share of `seconds` that
+    has passed; now_s: the clock that the executor's work moves. Raises UserError for too little time, or if no request
+    fits.
     """
     if not seconds > 0:
         raise UserError(f"seconds={seconds} is out of range; give the engine some seconds to be measured in.")
     rng = np.random.default_rng(seed)
     features, times_s, deviations = _measure(executor, rng, seconds, progress, now_s)
-    found = fit(features, times_s, seed)
     per_swap_token_s = _measure_swap(executor, now_s)
-    steps = _run_engine(executor, policy, rng)
-    host_s = float(np.median([step.prepare_s + step.finish_s for step in steps]))
+    # Moves and images were measured by themselves; of an image, the features of a step have a share only.
+    planned = [
+        step for step in _run_engine(executor, policy, trace, rng, now_s)
+        if step.features["swap_tokens"] == step.features["image_tokens"] == 0
+    ]  # fmt: skip
+    weights = np.repeat([1.0, len(features) / len(planned)], [len(features), len(planned)])
+    features = np.concatenate([features, [step.features for step in planned]])
+    times_s = np.concatenate([times_s, [step.execute_s for step in planned]])
+    found = fit(features, times_s, seed, weights)
+    host_s = float(np.mean([step.elapsed_s - step.execute_s for step in planned]))
+    steps = _run_engine(executor, policy, trace, rng, now_s)
     # The spread of repeats as a standard deviation, by its median: an interruption of the process is not noise.
     noise = 1.4826 * float(np.median(deviations))
     measured = {**found.coefficients, "host_s": host_s, "per_swap_token_s": per_swap_token_s, "noise": noise}
@@ -166,8 +189,7 @@ def calibrate(
         origin["per_image_token_s"] = "not measured: the model takes no images"
     profile = make_profile(name, {**limits, **measured}, origin, {})
 
-    coefficients = np.array([measured[coefficient] for coefficient in COEFFICIENTS])
-    predicted_s = design_matrix(np.array([step.features for step in steps])) @ coefficients + host_s
+    predicted_s = _predicted_s(profile, steps)
     actual_s = np.array([step.elapsed_s for step in steps])
     error = np.abs(predicted_s / actual_s - 1)
     report = {
@@ -176,6 +198,27 @@ def calibrate(
     }  # fmt: skip
     fitted = EngineProfile(name, profile.values, profile.origin, report)
     return Calibration(fitted, features, times_s, steps, predicted_s)
+
+
+def _predicted_s(profile: EngineProfile, steps: list[Step]) -> np.ndarray:
+    """Seconds that the steps take by the profile."""
+    coefficients = np.array([profile.values[name] for name in COEFFICIENTS])
+    return design_matrix(np.array([step.features for step in steps])) @ coefficients + profile.values["host_s"]
+
+
+def measure_pace(executor: Executor, policy: Policy, trace: Trace, seed: int) -> float:
+    """What an engine of this process takes for its iterations, as a share of what its profile says.
+
+    A processor's speed changes with what else the machine does, and from one process to the next with where its memory
+    lies: on two virtual cores by 7% either way. trace: whose requests run, all that the engine can hold.
+    """
+    steps = _run_engine(executor, policy, trace, np.random.default_rng(seed), time.perf_counter)
+    return float(sum(step.elapsed_s for step in steps) / _predicted_s(executor.profile, steps).sum())
+
+
+def at_pace(profile: EngineProfile, pace: float) -> EngineProfile:
+    """The engine whose iterations take `pace` times as long."""
+    return profile.replace(**{name: pace * float(profile.values[name]) for name in (*COEFFICIENTS, "host_s")})
 
 
 def _measure(
@@ -233,17 +276,30 @@ def _measure_swap(executor: Executor, now_s: Callable[[], float]) -> float:
     return taken_s / (2 * len(blocks) * int(limits["block_size"]))
 
 
-def _run_engine(executor: Executor, policy: Policy, rng: np.random.Generator) -> list[Step]:
-    """Iterations of the engine on requests of both classes that arrive at once."""
+def _run_engine(
+    executor: Executor, policy: Policy, trace: Trace, rng: np.random.Generator, now_s: Callable[[], float]
+) -> list[Step]:
+    """Iterations of the engine on requests like the trace's that arrive at once, as many of each class there is."""
+    longest = int(executor.profile.values["max_model_len"])
+    rows = trace.rows[trace.rows["prompt_tokens"] + trace.rows["output_tokens"] <= longest]
+    if not len(rows):
+        raise UserError(f"No request of {trace.name} fits into {longest} tokens; choose a workload of shorter ones.")
     steps: list[Step] = []
     engine = LiveEngine(
-        executor, policy, SLO(1.0, 0.05), clock=VirtualClock(), max_requests=RUN_REQUESTS, on_step=steps.append
+        executor, policy, SLO(1.0, 0.05), clock=VirtualClock(now_s), max_requests=RUN_REQUESTS, on_step=steps.append
     )
-    longest = min(int(executor.profile.values["max_model_len"]) // 2, 256)
+    classes = [rows[rows["request_class"] == kind] for kind in (IMMEDIATE, DEFERRED)]
+    classes = [mine for mine in classes if len(mine)]
     for i in range(RUN_REQUESTS):
-        tokens, output = rng.integers(1, longest + 1, 2).tolist()
-        prompt, images = draw_prompt(executor, tokens, int(rng.integers(3)), tokens // 2, rng)
-        kind = DEFERRED if i % 2 else IMMEDIATE
-        engine.add_request(Request(str(i), prompt, output, kind, Sampling(ignore_eos=True), images=images))
+        row = rng.choice(classes[i % len(classes)])
+        prompt, images = draw_prompt(
+            executor, int(row["prompt_tokens"]), int(row["num_images"]), int(row["image_tokens"]), rng
+        )
+        engine.add_request(
+            Request(
+                str(i), prompt, int(row["output_tokens"]), int(row["request_class"]), Sampling(ignore_eos=True),
+                images=images,
+            )
+        )  # fmt: skip
     engine.drain()
     return [step for step in steps if not step.abandoned]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -53,18 +54,20 @@ class WallClock:
 class VirtualClock:
     """Time at work counts as measured; idle time is skipped, and while the engine is paused none passes."""
 
-    def __init__(self) -> None:
+    def __init__(self, measured_s: Callable[[], float] = time.perf_counter) -> None:
+        """measured_s: the seconds that work is measured in."""
+        self._measured_s = measured_s
         self._passed_s = 0.0
         self._resumed_s: float | None = None
 
     def now_s(self) -> float:
         """See `Clock`."""
-        return self._passed_s + (0.0 if self._resumed_s is None else time.perf_counter() - self._resumed_s)
+        return self._passed_s + (0.0 if self._resumed_s is None else self._measured_s() - self._resumed_s)
 
     def resume(self) -> None:
         """See `Clock`."""
         if self._resumed_s is None:
-            self._resumed_s = time.perf_counter()
+            self._resumed_s = self._measured_s()
 
     def pause(self) -> None:
         """See `Clock`."""
@@ -76,5 +79,5 @@ class VirtualClock:
             return False
         if until_s > self.now_s():
             self._passed_s = until_s
-            self._resumed_s = None if self._resumed_s is None else time.perf_counter()
+            self._resumed_s = None if self._resumed_s is None else self._measured_s()
         return True

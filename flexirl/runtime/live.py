@@ -388,7 +388,7 @@ class LiveEngine:
     def _iterate(self) -> bool:
         """Plans and computes one iteration; False if nothing may run now."""
         state, flat = self.state, self._flat
-        began, began_s = time.perf_counter(), self.view.now_s
+        began, began_s = self.clock.now_s(), self.view.now_s
         save_blocks = 0
         if self._save_blocks > 0 and state.decision["preemption"][0] != RECOMPUTE:
             save_blocks = min(self._save_blocks, self._executor.free_host_blocks)
@@ -408,14 +408,14 @@ class LiveEngine:
         sampling = self._sampling[sampled] if self._particular else None
         may_stop = self._safepoints and not counts.urgent
         ids = [] if self._on_step is None else self._ids(counts)
-        prepared = time.perf_counter()
+        prepared = self.clock.now_s()
         try:
             outcome = self._executor.execute(self._batch(counts), sampling, self._interrupted if may_stop else None)
         except Interrupted:
             self._abandoned += 1
             self._abandon(began_s)
             if self._on_step is not None:
-                self._on_step(self._step(counts, ids, began_s, began, prepared, time.perf_counter(), None))
+                self._on_step(self._step(counts, ids, began_s, began, prepared, self.clock.now_s(), None))
             return True
         except OutOfMemory:
             self._abandon(began_s)
@@ -426,7 +426,7 @@ class LiveEngine:
             self._abandon(began_s)
             self._fail(flat.requests[: counts.requests].tolist(), error)
             return True
-        executed = time.perf_counter()
+        executed = self.clock.now_s()
         watched = np.flatnonzero(self._arrays.watched[sampled]).tolist() if self._watched else []
         for i in watched:
             token = int(outcome.tokens[i])
@@ -556,7 +556,7 @@ class LiveEngine:
             prepare_s=prepared - began,
             execute_s=executed - prepared,
             forward_s=forward_s or 0.0,
-            finish_s=time.perf_counter() - executed,
+            finish_s=self.clock.now_s() - executed,
         )
 
     # --------------------------------------------------------------------------------------------- endings

@@ -178,12 +178,13 @@ class Fit:
     report: dict[str, Any]
 
 
-def fit(features: np.ndarray, times_s: np.ndarray, seed: int = 0) -> Fit:
+def fit(features: np.ndarray, times_s: np.ndarray, seed: int = 0, weights: np.ndarray | None = None) -> Fit:
     """The hinge form that fits measured iterations best, by non-negative least squares on relative error.
 
     features: `BATCH` records; times_s: their measured seconds, same length. Three quarters of the rows, drawn with
     `seed`, are fitted; the rest are held out for the report. Rows are divided by their time, so that a small
-    iteration weighs as much as a large one. A feature that is zero in every row keeps the coefficient 0.
+    iteration weighs as much as a large one; weights: how often each row counts, once by default. A feature that is
+    zero in every row keeps the coefficient 0.
     Raises UserError for fewer than 8 rows or times that are not positive and finite.
     """
     times_s = np.asarray(times_s, dtype=float)
@@ -194,12 +195,13 @@ def fit(features: np.ndarray, times_s: np.ndarray, seed: int = 0) -> Fit:
     columns = design_matrix(features)
     order = np.random.default_rng(seed).permutation(len(times_s))
     held_out, fitted = np.split(order, [len(order) // 4])
-    relative = columns[fitted] / times_s[fitted, None]
+    root = np.sqrt(weights[fitted]) if weights is not None else np.ones(len(fitted))
+    relative = columns[fitted] * (root / times_s[fitted])[:, None]
     # Columns differ by ten orders of magnitude; scaled to unit length they keep the solver well conditioned.
     length = np.linalg.norm(relative, axis=0)
     used = length > 0
     solution = np.zeros(len(COEFFICIENTS))
-    solution[used] = nnls(relative[:, used] / length[used], np.ones(len(fitted)))[0] / length[used]
+    solution[used] = nnls(relative[:, used] / length[used], root)[0] / length[used]
     actual = times_s[held_out]
     predicted = columns[held_out] @ solution
     error = np.abs(predicted / actual - 1)

@@ -147,6 +147,16 @@ def test_fit_recovers_the_coefficients_it_was_given(live: bool) -> None:
     assert (found.report["rows_fitted"], found.report["rows_held_out"]) == (1500, 500)
 
 
+def test_a_row_counts_as_often_as_its_weight_says() -> None:
+    features = random_batches(2000, seed=1)
+    times = design_matrix(features) @ [TRUE[name] for name in COEFFICIENTS]
+    times[1::2] *= 2  # another engine's
+    found = fit(features, times, weights=np.where(np.arange(2000) % 2, 1e-9, 1.0))
+    assert found.coefficients["per_token_s"] == pytest.approx(TRUE["per_token_s"], rel=1e-3)
+    found = fit(features, times, weights=np.where(np.arange(2000) % 2, 1.0, 1e-9))
+    assert found.coefficients["per_token_s"] == pytest.approx(2 * TRUE["per_token_s"], rel=1e-3)
+
+
 def test_fit_is_deterministic() -> None:
     features = random_batches(500, seed=3)
     times = 0.01 * np.random.default_rng(4).lognormal(0, 0.1, 500)

@@ -36,6 +36,7 @@ def run(config: DictConfig) -> None:
     model, executor = load_executor(config)
     slo = SLO(np.inf, np.inf)  # nobody is promised anything here
     trace = from_config(config.workload).draw(seed, ServiceTime(executor.profile), slo)
+    trace = trace.within(int(executor.profile.values["max_model_len"]))
     about = {
         "machine": machine(model.device, torch.get_num_threads()), "model": model.name, "dtype": str(model.dtype),
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},

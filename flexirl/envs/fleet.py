@@ -83,8 +83,9 @@ class Task:
         return self.scenario.length_s(self.service_time_s)
 
     def draw(self, seed: int) -> Trace:
-        """The arrivals of one episode."""
-        return self.scenario.draw(seed, self.service_time_s, self.slo)
+        """The arrivals of one episode, of requests that ask for what the engine can hold."""
+        trace = self.scenario.draw(seed, self.service_time_s, self.slo)
+        return trace.within(int(self.engine.values["max_model_len"]))
 
     def action_shape(self) -> tuple[int, ...]:
         """Numbers per action; () for one discrete choice."""

@@ -15,7 +15,7 @@ from flexirl.errors import UserError
 from flexirl.workloads.config import from_config
 from flexirl.workloads.scenario import SLO, Scenario
 from flexirl.workloads.statistics import peak_to_mean
-from flexirl.workloads.trace import DEFERRED, IMMEDIATE, check
+from flexirl.workloads.trace import DEFERRED, IMMEDIATE, Trace, check, empty_rows
 
 SYNTHETIC = (
     "default", "low_bursty", "medium_bursty", "high_bursty", "poisson", "on_off", "overload", "tenants", "vlm",
@@ -280,3 +280,17 @@ def test_bad_configuration(overrides, message):
 def test_a_synthetic_workload_needs_a_duration():
     with pytest.raises(UserError, match="duration_s=null is for traces"):
         draw(from_config(plain(duration_s=None)))
+
+
+def test_requests_ask_for_no_more_than_a_model_has_left_for_them() -> None:
+    rows = empty_rows(4)
+    rows["prompt_tokens"] = [10, 90, 99, 150]
+    rows["output_tokens"] = [5, 30, 3, 7]
+    rows["max_tokens"] = [50, 60, 200, 9]
+    rows["predicted_output_tokens"] = [4, 40, 0, 8]
+    cut = Trace(rows, "requests", 2).within(100)
+    assert cut.rows["prompt_tokens"].tolist() == [10, 90, 99, 150] and cut.num_tenants == 2
+    assert cut.rows["output_tokens"].tolist() == [5, 10, 1, 1]
+    assert cut.rows["max_tokens"].tolist() == [50, 10, 1, 1]
+    assert cut.rows["predicted_output_tokens"].tolist() == [4, 10, 0, 1]
+    assert rows["output_tokens"].tolist() == [5, 30, 3, 7]  # not changed itself

@@ -213,7 +213,7 @@ class FreeVecEnv(VecEnv):
 def decision_time(task: Task, config: Any, repeats: int) -> Iterator[Row]:
     """Seconds of one `decide` of an exported policy on a busy engine: observation, network, decision.
 
-    The default agent before training, whose network is as large as after, through onnxruntime on one thread.
+    The default agent before training, whose network is as large as after.
     """
     with tempfile.TemporaryDirectory() as folder:
         env = BatchingVecEnv(Fleet(task, MEMBERS, config.env.group_size, config.env.traces))

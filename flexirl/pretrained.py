@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from omegaconf import OmegaConf
 from onnx import helper
 
@@ -23,6 +22,7 @@ from flexirl.configured import load_tasks
 from flexirl.envs.fleet import Fleet, Task
 from flexirl.errors import UserError
 from flexirl.policies.learned import load_policy
+from flexirl.policies.network import run_each
 from flexirl.policies.registry import PRETRAINED_FILE
 from flexirl.train import VALIDATION_SEED
 
@@ -31,11 +31,11 @@ SELECTION_SEED = VALIDATION_SEED + 100_000
 
 def revenue_share(path: Path, tasks: Sequence[Task], seed: int) -> float:
     """Mean revenue share of an exported policy, which sets dials, over one episode of each task."""
-    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    network = load_policy(path).network
     fleet = Fleet(list(tasks), len(tasks), 1, len(tasks))
     observations, over = fleet.reset(seed), np.zeros(len(tasks), bool)
     while not over.all():
-        observations, _, over = fleet.step(session.run(["action"], {"observation": observations})[0])
+        observations, _, over = fleet.step(run_each(network, observations))
     share = np.mean([fleet.episode_figures(m)["revenue_share"] for m in range(len(tasks))])
     fleet.close()
     return float(share)

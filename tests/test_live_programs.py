@@ -41,6 +41,7 @@ def test_live_and_surrogate_side_by_side(profile: Path, tmp_path: Path) -> None:
     assert -1 <= fidelity["kendall_tau"] <= 1 and "Kendall" in done.stdout
     figures = {row["figure"]: row for row in fidelity["rows"] if row["policy"] == "qoserve"}
     assert fidelity["engines"] == ["live", "surrogate"] and figures["iterations"]["first"] > 10
+    assert len(fidelity["paces"]) == 2 and all(0.2 < pace < 5 for pace in fidelity["paces"])
     # How close they are depends on what else this machine does between calibration and run: the limit is wide.
     assert -0.5 < figures["step_time_mean_s"]["difference"] < 1.0
     for engine in ("live", "surrogate"):

@@ -13,7 +13,7 @@ import numpy as np
 
 from flexirl.runtime.queues import NONE, first_waiting, head, owed_tokens
 from flexirl.runtime.state import RUNNING, State
-from flexirl.runtime.step_time import BATCH, prefill_slope, step_time
+from flexirl.runtime.step_time import prefill_slope, step_time
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 SCHEMA = "flexirl-observation-3"
@@ -299,24 +299,3 @@ def _observe_requests(state: State, promise, slope_per_ttft: float, out: np.ndar
         row[4] = 4.0 * blocks / engine.kv_blocks
         row[5] = np.log1p(request.generated) / 5.0
         row[6] = np.log1p(max(request.predicted_output_tokens - request.generated, 0)) / 5.0
-
-
-class Observer:
-    """Observes one engine from outside an environment, for a policy deployed in it."""
-
-    def __init__(self, ttft_s: float, tpot_s: float, with_requests: bool) -> None:
-        self.low, self.high = bounds(with_requests)
-        self.out = np.zeros(len(self.low), np.float32)
-        self._memory = np.zeros(1, MEMORY)
-        self._batch = np.zeros(1, BATCH)
-        self._promise = np.array([(ttft_s, tpot_s)], PROMISE)
-
-    def __call__(self, state: State) -> np.ndarray:
-        """The observation, float32; the array is used again by the next call."""
-        _observe_one(state, self._memory, self._promise, self._batch, self.low, self.high, self.out)
-        return self.out
-
-
-@nb.njit(cache=True)
-def _observe_one(state, memory, promise, batch, low, high, out):
-    observe(state, memory[0], promise[0], batch[0], low, high, out)

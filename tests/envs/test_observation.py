@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from episodes import PROMISE, Requests, random_actions, small_engine, small_task
 
-from flexirl.envs.action import decision_from_dials
+from flexirl.envs.action import NUM_DIALS, decision_from_dials
 from flexirl.envs.fleet import Fleet, Task
-from flexirl.envs.observation import REQUEST_TABLE, SIZE, TABLE, VISIBLE, Observer, bounds
+from flexirl.envs.observation import REQUEST_TABLE, SIZE, TABLE, VISIBLE, bounds
+from flexirl.policies.decider import SETTINGS, decide, new_decider
+from flexirl.policies.network import Network
 from flexirl.runtime.policy import View
 from flexirl.runtime.simulation import simulate
 from flexirl.runtime.state import FINISHED, RUNNING, WAITING, State
@@ -222,11 +224,15 @@ def test_a_deployed_policy_observes_what_it_observed_in_training() -> None:
         name, every_iteration = "recorder", False
 
         def reset(self, view: View) -> None:
-            self.observer = Observer(view.slo.ttft_s, view.slo.tpot_s, False)
+            zeros = np.concatenate([np.zeros(SIZE), np.ones(SIZE), np.zeros((SIZE + 1) * NUM_DIALS)])
+            network = Network(np.array([SIZE, NUM_DIALS]), zeros.astype(np.float32), 10.0, False)
+            self.observed, settings = np.zeros(SIZE, np.float32), np.zeros(1, SETTINGS)
+            self.decider = new_decider(view.state, network, view.slo, settings, self.observed)
             self.seen: list[np.ndarray] = []
 
         def decide(self, view: View) -> np.ndarray:
-            self.seen.append(self.observer(view.state).copy())
+            assert decide(self.decider)
+            self.seen.append(self.observed.copy())
             return decision_from_dials(dials[len(self.seen) - 1][0], view)
 
     recorder = Recorder()

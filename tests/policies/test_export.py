@@ -20,6 +20,7 @@ from flexirl.envs import action, observation
 from flexirl.envs.observation import bounds
 from flexirl.errors import UserError
 from flexirl.policies.export import FORMAT, export
+from flexirl.policies.network import read_network, run_each
 
 EXPORTED = ["grouped_ppo", "ppo", "a2c", "dqn", "maskable_ppo"]
 SAMPLES = 10_000
@@ -58,10 +59,8 @@ def test_exported_policy_acts_as_the_agent_does(name: str, tmp_path: Path) -> No
     else:
         assert taken == pytest.approx(expected, abs=1e-5)
         assert (abs(taken) == 1).any() and (abs(taken) < 0.5).any()
-    # One at a time, as in an engine.
-    for i in range(20):
-        one = session.run(["raw"], {"observation": observations[i : i + 1]})[0]
-        assert one == pytest.approx(raw[i : i + 1], abs=1e-5)
+    # The engine's own code against the runtime of ONNX.
+    assert run_each(read_network(onnx.load(path)), observations) == pytest.approx(raw, abs=2e-5)
     assert path.stat().st_size < 100_000
 
 
@@ -72,6 +71,16 @@ def test_scores_are_exported_too(tmp_path: Path) -> None:
     observations = random_observations(500, with_requests=True)
     taken = session.run(["action"], {"observation": observations})[0]
     assert taken == pytest.approx(agent.predict(observations, deterministic=True)[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("activation, layers", [("relu", [64, 64]), ("tanh", [7]), ("relu", [5, 9, 3])])
+def test_networks_of_other_shapes_run_too(activation: str, layers: list[int], tmp_path: Path) -> None:
+    network = {"layers": layers, "activation": activation, "log_std": -3.0, "lstm": 64}
+    export(make("ppo", tmp_path, network=network), tmp_path / "policy.onnx", {})
+    session = onnxruntime.InferenceSession(str(tmp_path / "policy.onnx"), providers=["CPUExecutionProvider"])
+    observations = random_observations(500)
+    ours = run_each(read_network(onnx.load(tmp_path / "policy.onnx")), observations)
+    assert ours == pytest.approx(session.run(["raw"], {"observation": observations})[0], abs=1e-5)
 
 
 def test_trained_weights_are_exported(tmp_path: Path) -> None:

@@ -142,6 +142,33 @@ def rename_output(model: onnx.ModelProto) -> None:
     model.graph.output[1].name = model.graph.node[-2].output[0] = model.graph.node[-1].input[0] = "rough"
 
 
+def edit_node(at: int, op_type: str = "", transposed: int = 1, takes: str = "") -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        node = model.graph.node[at]
+        node.op_type = op_type or node.op_type
+        node.input[0] = takes or node.input[0]
+        for attribute in node.attribute:
+            attribute.i = transposed
+
+    return change
+
+
+def squash_otherwise(model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        node.op_type = "Sigmoid" if node.op_type == "Tanh" else node.op_type
+
+
+def reshape_weights(model: onnx.ModelProto) -> None:
+    matrix = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 2)
+    matrix.dims[:] = matrix.dims[::-1]
+
+
+def point_elsewhere(model: onnx.ModelProto) -> None:
+    tensor = model.graph.initializer[0]
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="/etc/passwd")
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -151,10 +178,17 @@ def rename_output(model: onnx.ModelProto) -> None:
         (set_property("action_schema", "other"), "action_schema other"),
         (set_property("training", "{half"), "unreadable metadata training; export it anew"),
         (set_property("action", '"telepathy"'), "decides by telepathy"),
-        (set_property("action", '"scores"'), "observes observation of .*, but this version has .*; train it anew"),
-        (set_property("action", '"grid"'), "numbers of grid; train it anew"),
+        (set_property("action", '"scores"'), "observes .* numbers, but this version has .*; train it anew"),
+        (set_property("action", '"grid"'), "gives 8 numbers, grid are 14; train it anew"),
         (set_property("immediate_order", '"random"'), "immediate_order random"),
-        (rename_output, "cannot decide .*; export it anew"),
+        (rename_output, "its outputs are not action and raw; export it anew"),
+        (edit_node(0, op_type="Add"), "lacks its numbers"),
+        (squash_otherwise, "its activation is Sigmoid"),
+        (edit_node(4, op_type="Relu"), "one activation"),
+        (edit_node(3, transposed=0), "settings that are not known"),
+        (edit_node(5, takes="observation"), "no chain"),
+        (reshape_weights, "do not fit each other"),
+        (point_elsewhere, "not 32-bit floats in the file itself"),
     ],
 )  # fmt: skip
 def test_files_of_another_kind_are_refused(
@@ -167,7 +201,7 @@ def test_files_of_another_kind_are_refused(
 
 def test_the_wrong_number_of_observations_is_refused(exported: dict[str, Path], tmp_path: Path) -> None:
     path = patched(exported["scores"], tmp_path / "policy.onnx", set_property("action", '"dials"'))
-    with pytest.raises(UserError, match=r"observes observation of \d+, but this version has \d+ numbers"):
+    with pytest.raises(UserError, match=r"observes \d+ numbers, but this version has \d+; train"):
         load_policy(path)
 
 
@@ -219,17 +253,17 @@ def test_errors_make_the_fallback_decide_and_are_counted_by_reason(
     exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     policy = load_policy(exported["dials"])
-    decide, calls = policy._run, iter(range(1000))
+    decide, calls = policy._decide, iter(range(1000))
 
-    def sometimes(observed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def sometimes() -> bool:
         call = next(calls)
         if call % 3 == 0:
             raise RuntimeError("the network is gone")
         if call % 3 == 1:
             raise MemoryError
-        return decide(observed)
+        return decide()
 
-    monkeypatch.setattr(policy, "_run", sometimes)
+    monkeypatch.setattr(policy, "_decide", sometimes)
     check_invariants(run(policy).state)
     assert policy.failures == {"RuntimeError": 10, "MemoryError": 10}
     assert len(caplog.records) == 6  # the first three of each reason

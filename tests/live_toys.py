@@ -208,8 +208,8 @@ class LiveRun:
         self.engine.advance(self.engine.view.now_s + 2.0, iterations)
         self.check()
 
-    def check(self) -> None:
-        """The scheduler's invariants, and every block of device and host memory in one place."""
+    def check(self) -> BlockTable:
+        """The scheduler's invariants, and every block of device and host memory in one place; the next block table."""
         state, table = self.engine.state, self.engine._table
         check_invariants(state, reused=True)
         # What has ended since the last plan gives its blocks back with the next one.
@@ -221,6 +221,7 @@ class LiveRun:
         on_host = [*host._free, *(block for blocks in host._held.values() for block in blocks)]
         assert sorted(on_host) == list(range(len(host._store))), "a host block is held twice or lost"
         assert set(host._held) <= set(self.engine._place_of.values()), "an ended request holds host memory"
+        return next_table
 
     def drain(self) -> None:
         """Runs until every request has ended."""

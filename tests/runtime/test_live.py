@@ -107,9 +107,9 @@ def test_no_schedule_changes_a_token(caching: int, save_blocks: int) -> None:
 
 def everything_is_given_back(run: LiveRun) -> None:
     """An engine without requests holds nothing."""
-    run.check()
+    table = run.check()
     scheduler, profile = run.engine.state.scheduler[0], run.executor.profile.values
-    assert scheduler["free_blocks"] == profile["kv_blocks"] == run.engine._table.counts[1]
+    assert scheduler["free_blocks"] == profile["kv_blocks"] == table.counts[1]
     assert scheduler["host_free_blocks"] == profile["host_kv_blocks"] == run.executor.free_host_blocks
     assert scheduler["promises_length"] == scheduler["promises_next"] and scheduler["cached_blocks"] == 0
     assert not run.engine._place_of and len(run.engine._places) == len(run.engine.state.requests)
@@ -463,15 +463,22 @@ def test_a_policy_that_cannot_start_does_not_take_over(caplog: pytest.LogCapture
 def exported_policy(path: Path) -> Path:
     """A network that sets all dials to zero, in the form in which policies are exported."""
     inputs, dials = len(observation.bounds(False)[0]), action.NUM_DIALS
+    numbers = {
+        "mean": np.zeros(inputs), "deviation": np.ones(inputs), "least": np.array(-1.0), "most": np.array(1.0),
+        "weights": np.zeros((dials, inputs)), "biases": np.zeros(dials),
+    }  # fmt: skip
     nodes = [
-        helper.make_node("MatMul", ["observation", "w"], ["raw"]),
-        helper.make_node("Identity", ["raw"], ["action"]),
+        helper.make_node("Sub", ["observation", "mean"], ["centred"]),
+        helper.make_node("Div", ["centred", "deviation"], ["scaled"]),
+        helper.make_node("Clip", ["scaled", "least", "most"], ["normalised"]),
+        helper.make_node("Gemm", ["normalised", "weights", "biases"], ["raw"], transB=1),
+        helper.make_node("Clip", ["raw", "least", "most"], ["action"]),
     ]
     graph = helper.make_graph(
         nodes, "policy",
         [helper.make_tensor_value_info("observation", TensorProto.FLOAT, ["batch", inputs])],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", dials]) for name in ("action", "raw")],
-        [numpy_helper.from_array(np.zeros((inputs, dials), np.float32), "w")],
+        [numpy_helper.from_array(array.astype(np.float32), name) for name, array in numbers.items()],
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     schemas = {"format": FORMAT, "observation_schema": observation.SCHEMA, "action_schema": action.SCHEMA}
@@ -500,13 +507,13 @@ def test_where_a_network_cannot_decide_its_fallback_does(
 ) -> None:
     policy = load_policy(exported_policy(tmp_path / "night.onnx"), "edf", 0.0 if fault == "too late" else None)
 
-    def fail(observed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def fail() -> bool:
         if fault == "exception":
             raise RuntimeError
-        return np.full(7, np.nan, np.float32), np.full(7, np.nan, np.float32)
+        return False
 
     if fault != "too late":
-        monkeypatch.setattr(policy, "_run", fail)
+        monkeypatch.setattr(policy, "_decide", fail)
     run = live_run()
     run.engine.swap_policy(policy)
     for i in range(12):

@@ -200,6 +200,6 @@ def test_memory_that_cannot_be_had_is_one_sentence(small: Path, monkeypatch: pyt
     def no_memory(*args: Any, **options: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
 
-    monkeypatch.setattr(torch, "zeros", no_memory)
+    monkeypatch.setattr(torch, "empty", no_memory)
     with pytest.raises(UserError, match=r"engine\.kv_blocks=7"):
         ModelExecutor(model, load_profile("cpu-tiny").replace(kv_blocks=7))

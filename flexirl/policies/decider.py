@@ -69,7 +69,7 @@ def new_decider(state: State, network: Network, slo: SLO, settings: np.ndarray, 
 
 @nb.njit(cache=True)
 def decide(decider: Any) -> bool:
-    """Writes a decision into the engine's state; False, and none is written, where the network's are not finite."""
+    """Writes a decision into the engine's state; False, and none is written, for numbers that are not finite."""
     state, settings, raw, tpot_s = decider.state, decider.settings[0], decider.raw, decider.promise[0].tpot_s
     observe(state, decider.memory[0], decider.promise[0], decider.batch[0], decider.low, decider.high, decider.observed)
     run_network(decider.network, decider.observed, raw)

@@ -19,6 +19,7 @@ from flexirl.policies.registry import make_policy
 from flexirl.runtime.accounts import Prices
 from flexirl.runtime.engine import EngineProfile, load_profile
 from flexirl.runtime.executor import Executor
+from flexirl.runtime.pace import at_pace
 from flexirl.runtime.policy import Policy
 from flexirl.workloads.config import from_config
 from flexirl.workloads.scenario import SLO
@@ -31,9 +32,14 @@ CONF = Path(__file__).resolve().parent / "conf"
 
 
 def load_engine(config: DictConfig) -> EngineProfile:
-    """The engine of group `engine`: its profile with the figures that are not null replaced."""
-    changes = {str(name): value for name, value in config.items() if name != "profile" and value is not None}
-    return load_profile(config.profile).replace(**changes)
+    """The engine of group `engine`: its profile at the pace given, with the figures that are not null replaced."""
+    known = ("profile", "pace")
+    changes = {str(name): value for name, value in config.items() if name not in known and value is not None}
+    pace = number(config.pace, "engine.pace")
+    if not pace > 0:
+        raise UserError(f"engine.pace={pace} is out of range; 2 is an engine whose iterations take twice as long.")
+    profile = load_profile(config.profile)
+    return (profile if pace == 1.0 else at_pace(profile, pace)).replace(**changes)
 
 
 def load_executor(config: DictConfig) -> tuple[LoadedModel, ModelExecutor]:
@@ -117,17 +123,16 @@ def load_task(config: DictConfig) -> Task:
 def load_tasks(config: DictConfig) -> list[Task]:
     """What is trained on: the task of `config`, or the mixture of group `mixture`.
 
-    Task i of a mixture is scenario i and setting i of its two lists of overrides, each repeated as often as needed:
-    with lengths that have no common divisor, every scenario comes to meet every setting.
+    Task i of a mixture takes entry i of each of its axes, lists of overrides that are repeated as often as needed: with
+    lengths that have no common divisor, everything comes to meet everything.
     """
     mixture = config.get("mixture")
     if mixture is None:
         return [load_task(config)]
-    scenarios, settings = list(mixture.scenarios), list(mixture.settings)
     shared = OmegaConf.create({name: config[name] for name in ("env", "reward")})
     tasks = []
     for i in range(count_of(mixture.tasks, "mixture.tasks")):
-        overrides = [*scenarios[i % len(scenarios)], *settings[i % len(settings)]]
+        overrides = [override for axis in mixture.axes.values() for override in axis[i % len(axis)]]
         tasks.append(load_task(OmegaConf.merge(_train_config(overrides), shared)))  # type: ignore[arg-type]
     return tasks
 

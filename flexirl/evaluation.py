@@ -15,9 +15,9 @@ from tqdm import tqdm
 from flexirl.envs.fleet import Fleet, Task
 from flexirl.policies.heuristics.tuning import tune
 from flexirl.policies.registry import make_policy
-from flexirl.runtime.calibration import at_pace
 from flexirl.runtime.executor import Executor
 from flexirl.runtime.live_run import run_live
+from flexirl.runtime.pace import at_pace
 from flexirl.runtime.policy import Policy
 from flexirl.runtime.simulation import Run, simulate
 from flexirl.workloads.trace import DEFERRED, Trace

@@ -1,7 +1,7 @@
 """Program: puts the best of several runs of one training into the package: `python -m flexirl.pretrained FOLDER ...`.
 
-The runs differ by their seeds. Their policies play the same episodes, one of each task, that none of them was trained
-or validated on; what each earns is kept in the metadata of the one that ships.
+The runs differ by their seeds. Their policies play the same episodes, one of each task that they were validated on, but
+with other arrivals than any of them has met; what each earns is kept in the metadata of the one that ships.
 """
 
 from __future__ import annotations
@@ -41,6 +41,14 @@ def revenue_share(path: Path, tasks: Sequence[Task], seed: int) -> float:
     return float(share)
 
 
+def validated_tasks(training: dict[str, Any]) -> list[Task]:
+    """The tasks that a training, as it stands in a policy's metadata, was validated on: one for each episode."""
+    config = OmegaConf.create(training)
+    if config.get("mixture") is not None:
+        config.mixture.tasks = min(config.mixture.tasks, config.validation.members)
+    return load_tasks(config)
+
+
 def ship_best(runs: Sequence[Path], target: Path) -> dict[int, float]:
     """Writes the best run's policy to `target` and returns what all earned, by training seed.
 
@@ -57,7 +65,7 @@ def ship_best(runs: Sequence[Path], target: Path) -> dict[int, float]:
         if training != trainings[0] or seed in files:
             raise UserError(f"{run} is not the training of {runs[0]} with another seed; give runs that differ by it.")
         files[seed] = path
-        shares[seed] = revenue_share(path, load_tasks(OmegaConf.create(training)), SELECTION_SEED)
+        shares[seed] = revenue_share(path, validated_tasks(training), SELECTION_SEED)
         print(f"seed {seed}: revenue share {shares[seed]:.4f}")
     best = onnx.load(files[max(shares, key=shares.__getitem__)])
     properties = {entry.key: entry.value for entry in best.metadata_props}

@@ -22,7 +22,6 @@ from omegaconf import DictConfig, OmegaConf
 from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from flexirl.configured import count_of, load_executor, load_live_fleet, load_task, load_tasks, names_of, seed_of
 from flexirl.envs.action import NUM_DIALS
@@ -41,16 +40,15 @@ from flexirl.evaluation import (
 )
 from flexirl.plots import plot_comparison, plot_history, plot_timeline
 from flexirl.policies.agents import ALGORITHMS, make_agent, start_at
-from flexirl.policies.cloning import clone
 from flexirl.policies.export import export
-from flexirl.policies.heuristics.tuning import refine_dials, search_dials
+from flexirl.policies.heuristics.tuning import search_dials
+from flexirl.policies.probing import improve
 from flexirl.policies.registry import check_names
 from flexirl.policies.training import Training
 from flexirl.program import output_folder, run_program
 
 VALIDATION_SEED = 250_000
 TUNED_ON = 16  # tasks of a mixture on which the constant dials to start from are searched
-TUNED_EPISODES = 4  # on which each task of a mixture has its own constant dials searched
 
 
 def command() -> str:
@@ -141,19 +139,14 @@ def load_agent(config: DictConfig, env: BatchingVecEnv, log_folder: Path, seed: 
 
 
 def warm_start(agent: BaseAlgorithm, tasks: list[Task], seed: int, progress: bool) -> None:
-    """Teaches a new agent the best constant dials found for all tasks; of a mixture, then the best for each task."""
+    """Sets a new agent to the best constant dials found for all tasks; of a mixture, goes on from there by probing."""
     tuning_seed = TUNING_SEED + 1000 * seed
     worth = partial(worth_of_dials, tasks, episodes=max(3, len(tasks[:TUNED_ON])), seed=tuning_seed)
     dials = search_dials(np.zeros(NUM_DIALS), worth, seed)
     print(f"starting from the best constant dials found: {np.round(dials, 2).tolist()}")
     start_at(agent, dials.tolist())
     if len(tasks) > 1 and not isinstance(agent, RecurrentPPO):  # whose memory single observations cannot teach
-        of_each = [
-            refine_dials(dials, partial(worth_of_dials, [one], episodes=TUNED_EPISODES, seed=tuning_seed))
-            for one in tqdm(tasks, unit=" tasks", desc="tuning", disable=not progress)
-        ]
-        left = clone(agent, tasks, np.array(of_each), seed)
-        print(f"cloned the best constant dials of each task; {left:.2f} of a dial left")
+        improve(agent, tasks, tuning_seed, progress)
 
 
 def run(config: DictConfig) -> float:

@@ -216,11 +216,6 @@ def measure_pace(executor: Executor, policy: Policy, trace: Trace, seed: int) ->
     return float(sum(step.elapsed_s for step in steps) / _predicted_s(executor.profile, steps).sum())
 
 
-def at_pace(profile: EngineProfile, pace: float) -> EngineProfile:
-    """The engine whose iterations take `pace` times as long."""
-    return profile.replace(**{name: pace * float(profile.values[name]) for name in (*COEFFICIENTS, "host_s")})
-
-
 def _measure(
     executor: Executor, rng: np.random.Generator, seconds: float, progress: Callable[[float], object],
     now_s: Callable[[], float],

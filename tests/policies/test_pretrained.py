@@ -16,7 +16,7 @@ from flexirl.policies.agents import start_at
 from flexirl.policies.export import export
 from flexirl.policies.learned import LearnedPolicy, load_policy
 from flexirl.policies.registry import PRETRAINED, PRETRAINED_FILE, make_policy
-from flexirl.pretrained import revenue_share, ship_best
+from flexirl.pretrained import revenue_share, ship_best, validated_tasks
 from flexirl.train import VALIDATION_SEED
 
 
@@ -28,9 +28,9 @@ def test_it_comes_with_the_package() -> None:
 
 
 def test_it_earns_what_its_metadata_says() -> None:
-    """Its validation again, by the exported network: the mean revenue share over the tasks it was trained on."""
+    """Its validation again, by the exported network: the mean revenue share over tasks it was trained on."""
     metadata = make_policy(PRETRAINED).metadata  # type: ignore[attr-defined]
-    tasks = load_tasks(OmegaConf.create(metadata["training"]))
+    tasks = validated_tasks(metadata["training"])
     share = revenue_share(PRETRAINED_FILE, tasks, VALIDATION_SEED + metadata["training"]["seed"])
     assert share == pytest.approx(metadata["validation"]["revenue_share"], abs=2e-3)
 

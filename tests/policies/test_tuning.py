@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flexirl.envs.action import NUM_DIALS
-from flexirl.policies.heuristics.tuning import refine_dials, tune
+from flexirl.policies.heuristics.tuning import tune
 from flexirl.policies.registry import make_policy
 from flexirl.runtime.policy import Policy
 from flexirl.workloads.scenario import SLO
@@ -66,20 +66,6 @@ def test_dials_climb_to_the_top() -> None:
     tuned: Any = tune(start, hill, SLO_50_MS, 3)
     assert tuned == tune(start, hill, SLO_50_MS, 3) and not tuned.tune
     assert hill.revenues(tuned.positions[None]) > 0.2 * hill.revenues(start.positions[None])
-
-
-def test_refining_climbs_from_a_good_setting_and_leaves_what_gains_little() -> None:
-    """Worth 100 at the top; the last dial but one is worth less than what counts as a gain."""
-    weights = np.array([4.0, 4.0, 4.0, *[0.0] * (NUM_DIALS - 4), 0.01])
-    top = np.array([0.5, -0.8, 0.0, *[0.0] * (NUM_DIALS - 4), 0.5])
-    start = np.zeros(NUM_DIALS)
-    found = refine_dials(start, lambda settings: 100 - ((settings - top) ** 2) @ weights)
-    assert found == pytest.approx([0.5, -0.8, *[0.0] * (NUM_DIALS - 2)])
-
-
-def test_refining_a_setting_that_cannot_be_bettered_keeps_it() -> None:
-    start = np.linspace(-1, 1, NUM_DIALS)
-    assert (refine_dials(start, lambda settings: 1.0 - ((settings - start) ** 2).sum(axis=1)) == start).all()
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ import pytest
 
 from flexirl.errors import UserError
 from flexirl.policies.registry import make_policy
-from flexirl.runtime.calibration import at_pace, calibrate, draw_shapes, make_batch
+from flexirl.runtime.calibration import calibrate, draw_shapes, make_batch
 from flexirl.runtime.engine import EngineProfile, load_profile, make_profile
 from flexirl.runtime.executor import Batch, Moves, Outcome
+from flexirl.runtime.pace import at_pace
 from flexirl.runtime.requests import Image, Request
 from flexirl.runtime.step_time import BATCH, step_time
 from flexirl.workloads.trace import Trace, empty_rows

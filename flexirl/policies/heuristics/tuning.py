@@ -36,8 +36,6 @@ BUDGET_RANGE = (0.05, 4.0)  # of the promised time per output token: where the l
 BUDGET_PRECISION = 1.03  # the search ends when its bounds are this factor apart
 DIALS_RANDOM, DIALS_ROUNDS = 15, 3  # settings drawn at first, then rounds of one dial after the other
 DIALS_STEP = 0.5  # of the first round; halved from round to round
-REFINING_STEPS = (0.5, 0.3)
-LEAST_GAIN = 0.0007  # of what the start is worth: smaller gains would fit the episodes more than the task
 
 
 def tune(policy: Policy, episodes: Episodes, slo: SLO, seed: int) -> Policy:
@@ -98,20 +96,4 @@ def search_dials(start: np.ndarray, worth: Worth, seed: int) -> np.ndarray:
             both_ways = np.stack([best, best])
             both_ways[:, dial] = np.clip(best[dial] + np.array([step, -step]), -1.0, 1.0)
             consider(both_ways)
-    return best
-
-
-def refine_dials(start: np.ndarray, worth: Worth) -> np.ndarray:
-    """A better dial setting near a good one, or the same: all moves of one dial, then the best of them together."""
-    best = start
-    for step in REFINING_STEPS:
-        moves = np.clip([best + sign * step * dial for dial in np.eye(len(best)) for sign in (1, -1)], -1.0, 1.0)
-        worths = worth(np.vstack([best, moves]))
-        gains = (worths[1:] - worths[0]).reshape(-1, 2)  # of every dial both ways
-        together = [best]
-        for dial in np.argsort(-gains.max(axis=1)):
-            if gains[dial].max() > LEAST_GAIN * worths[0]:
-                together.append(together[-1].copy())
-                together[-1][dial] = moves[2 * dial + gains[dial].argmax(), dial]
-        best = together[int(worth(np.array(together)).argmax())]
     return best

@@ -9,7 +9,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 train: .venv/installed
 	$(BIN)/python -m flexirl.train
 
-# The policy that comes with the package, trained anew with five seeds: an hour and a quarter on two cores.
+# The policy that comes with the package, trained anew with five seeds: less than two hours on two cores.
 pretrained: .venv/installed
 	for seed in 0 1 2 3 4; do $(BIN)/python -m flexirl.train mixture=general validation.members=132 \
 		total_steps=150000 seed=$$seed compare.policies='[qoserve]' compare.seeds=1 \

@@ -38,8 +38,7 @@ def load_engine(config: DictConfig) -> EngineProfile:
     pace = number(config.pace, "engine.pace")
     if not pace > 0:
         raise UserError(f"engine.pace={pace} is out of range; 2 is an engine whose iterations take twice as long.")
-    profile = load_profile(config.profile)
-    return (profile if pace == 1.0 else at_pace(profile, pace)).replace(**changes)
+    return at_pace(load_profile(config.profile), pace).replace(**changes)
 
 
 def load_executor(config: DictConfig) -> tuple[LoadedModel, ModelExecutor]:

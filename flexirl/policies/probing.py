@@ -13,7 +13,6 @@ space of actions and passed through the network (as in Silver et al., Determinis
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,7 +67,7 @@ def improve(agent: BaseAlgorithm, tasks: Sequence[Task], seed: int, progress: bo
 def probe(agent: BaseAlgorithm, tasks: Sequence[Task], move: float, seed: int) -> list[Lesson]:
     """Plays one episode of each task with the agent and with every dial `move` up and down."""
     size = len(_PROBES)
-    fleet = Fleet([replace(task, action="dials") for task in tasks], len(tasks) * size, size, len(tasks))
+    fleet = Fleet(tasks, len(tasks) * size, size, len(tasks))
     moves = np.tile(move * _PROBES, (len(tasks), 1))
     observations, over = fleet.reset(seed), np.zeros(fleet.members, bool)
     observed: list[list[np.ndarray]] = [[] for _ in tasks]

@@ -14,6 +14,7 @@ from test_agents import make, setting
 
 from flexirl.envs.action import NUM_DIALS
 from flexirl.envs.fleet import Fleet, Task
+from flexirl.envs.observation import SIZE
 from flexirl.policies import probing
 
 # A task is known by its promise: an iteration is another share of it.
@@ -27,14 +28,14 @@ class Wishes(Fleet):
     WANTED = np.array([[0.5] * NUM_DIALS, [-0.4] * NUM_DIALS])
 
     def reset(self, seed: int, stagger: bool = False) -> np.ndarray:
-        self.missed = np.zeros(self.members)
+        self.missed, self.steps = np.zeros(self.members), 0
         return super().reset(seed, stagger)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         loose = [task.slo.tpot_s > TASK.slo.tpot_s for task in self.tasks]
         wanted = np.repeat(self.WANTED[np.array(loose, int)], self.group_size, axis=0)
         self.missed += ((action - wanted) ** 2).sum(axis=1)
-        self.steps = getattr(self, "steps", 0) + 1
+        self.steps += 1
         return super().step(action)
 
     def episode_figures(self, member: int) -> dict[str, float]:
@@ -67,7 +68,7 @@ def test_the_same_seed_makes_the_same_agent(tmp_path: Path, monkeypatch: pytest.
     def improved(seed: int) -> np.ndarray:
         agent = make("grouped_ppo", tmp_path)
         probing.improve(agent, TASKS, seed, progress=False)
-        return probing.mean_action(agent, np.zeros((1, 34), np.float32))
+        return probing.mean_action(agent, np.zeros((1, SIZE), np.float32))
 
     assert (improved(2) == improved(2)).all() and (improved(2) != improved(3)).any()
 

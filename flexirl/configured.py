@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,10 +89,10 @@ def seed_of(value: object, name: str = "seed") -> int:
     return value
 
 
-def count_of(value: object, name: str) -> int:
-    """`value` as a number of things; raises UserError unless it is a whole number of 1 or more."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{name}={value} is out of range; give a whole number of 1 or more.")
+def count_of(value: object, name: str, least: int = 1) -> int:
+    """`value` as a number of things; raises UserError unless it is a whole number of `least` or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{name}={value} is out of range; give a whole number of {least} or more.")
     return value
 
 
@@ -120,18 +120,29 @@ def load_task(config: DictConfig) -> Task:
 
 
 def load_tasks(config: DictConfig) -> list[Task]:
-    """What is trained on: the task of `config`, or the mixture of group `mixture`.
-
-    Task i of a mixture takes entry i of each of its axes, lists of overrides that are repeated as often as needed: with
-    lengths that have no common divisor, everything comes to meet everything.
-    """
+    """What is trained on: the task of `config`, or those of the mixture of group `mixture`."""
     mixture = config.get("mixture")
     if mixture is None:
         return [load_task(config)]
+    return _mixed(config, range(count_of(mixture.tasks, "mixture.tasks")))
+
+
+def load_validation_tasks(config: DictConfig) -> list[Task]:
+    """As many tasks of the mixture as are validated on: those that come after the ones trained on."""
+    first = count_of(config.mixture.tasks, "mixture.tasks")
+    return _mixed(config, range(first, first + count_of(config.validation.members, "validation.members")))
+
+
+def _mixed(config: DictConfig, numbers: Iterable[int]) -> list[Task]:
+    """Task i of a mixture takes entry i of each of its axes, lists of overrides that are repeated as often as needed.
+
+    With lengths that have no common divisor, everything comes to meet everything.
+    """
+    axes = config.mixture.axes.values()
     shared = OmegaConf.create({name: config[name] for name in ("env", "reward")})
     tasks = []
-    for i in range(count_of(mixture.tasks, "mixture.tasks")):
-        overrides = [override for axis in mixture.axes.values() for override in axis[i % len(axis)]]
+    for i in numbers:
+        overrides = [override for axis in axes for override in axis[i % len(axis)]]
         tasks.append(load_task(OmegaConf.merge(_train_config(overrides), shared)))  # type: ignore[arg-type]
     return tasks
 

@@ -1,7 +1,7 @@
 """Program: puts the best of several runs of one training into the package: `python -m flexirl.pretrained FOLDER ...`.
 
-The runs differ by their seeds. Their policies play the same episodes, one of each task that they were validated on, but
-with other arrivals than any of them has met; what each earns is kept in the metadata of the one that ships.
+The runs differ by their seeds. Their policies play the same episodes, one of each task that they were validated on and
+not trained on, with arrivals that none of them has met; what each earns is kept in the metadata of the one that ships.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import onnx
 from omegaconf import OmegaConf
 from onnx import helper
 
-from flexirl.configured import load_tasks
+from flexirl.configured import load_tasks, load_validation_tasks
 from flexirl.envs.fleet import Fleet, Task
 from flexirl.errors import UserError
 from flexirl.policies.learned import load_policy
@@ -42,11 +42,9 @@ def revenue_share(path: Path, tasks: Sequence[Task], seed: int) -> float:
 
 
 def validated_tasks(training: dict[str, Any]) -> list[Task]:
-    """The tasks that a training, as it stands in a policy's metadata, was validated on: one for each episode."""
+    """The tasks that a training, as it stands in a policy's metadata, was validated on."""
     config = OmegaConf.create(training)
-    if config.get("mixture") is not None:
-        config.mixture.tasks = min(config.mixture.tasks, config.validation.members)
-    return load_tasks(config)
+    return load_tasks(config) if config.get("mixture") is None else load_validation_tasks(config)
 
 
 def ship_best(runs: Sequence[Path], target: Path) -> dict[int, float]:

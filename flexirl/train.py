@@ -23,7 +23,16 @@ from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch.utils.tensorboard import SummaryWriter
 
-from flexirl.configured import count_of, load_executor, load_live_fleet, load_task, load_tasks, names_of, seed_of
+from flexirl.configured import (
+    count_of,
+    load_executor,
+    load_live_fleet,
+    load_task,
+    load_tasks,
+    load_validation_tasks,
+    names_of,
+    seed_of,
+)
 from flexirl.envs.action import NUM_DIALS
 from flexirl.envs.fleet import Fleet, Task
 from flexirl.envs.vector import BatchingVecEnv
@@ -39,15 +48,16 @@ from flexirl.evaluation import (
     write_leaderboard,
 )
 from flexirl.plots import plot_comparison, plot_history, plot_timeline
+from flexirl.policies import probing
 from flexirl.policies.agents import ALGORITHMS, make_agent, start_at
 from flexirl.policies.export import export
 from flexirl.policies.heuristics.tuning import search_dials
-from flexirl.policies.probing import improve
 from flexirl.policies.registry import check_names
 from flexirl.policies.training import Training
 from flexirl.program import output_folder, run_program
 
 VALIDATION_SEED = 250_000
+LESSONS = "lessons.npz"  # beside policy.zip while probing goes on
 TUNED_ON = 16  # tasks of a mixture on which the constant dials to start from are searched
 
 
@@ -93,7 +103,7 @@ class Engines:
 
 
 def load_engines(config: DictConfig, tasks: list[Task], held_out: Task) -> Engines:
-    """The engines of `env.executor`; a mixture is validated on itself, with other seeds.
+    """The engines of `env.executor`; a mixture is validated on further tasks of its kind.
 
     Raises UserError for bad figures, or a model that cannot be loaded.
     """
@@ -103,7 +113,7 @@ def load_engines(config: DictConfig, tasks: list[Task], held_out: Task) -> Engin
     episodes = count_of(config.validation.members, "validation.members")
     if config.env.executor == "surrogate":
         training = Fleet(tasks, members, group_size, traces)
-        watched = tasks if len(tasks) > 1 else held_out
+        watched = load_validation_tasks(config) if len(tasks) > 1 else held_out
         return Engines(training, training, Fleet(watched, episodes, 1, episodes), on_surrogate)
     if config.env.executor != "live":
         raise UserError(f"env.executor={config.env.executor} is no engine to train on; choose surrogate or live.")
@@ -138,22 +148,37 @@ def load_agent(config: DictConfig, env: BatchingVecEnv, log_folder: Path, seed: 
     return agent
 
 
-def warm_start(agent: BaseAlgorithm, tasks: list[Task], seed: int, progress: bool) -> None:
-    """Sets a new agent to the best constant dials found for all tasks; of a mixture, goes on from there by probing."""
+def warm_start(
+    agent: BaseAlgorithm, tasks: list[Task], seed: int, folder: Path, resume: Path | None, progress: bool
+) -> None:
+    """Sets a new agent to the best constant dials found for all tasks; of a mixture, goes on from there by probing.
+
+    While that goes on, `folder` holds the agent of the last round, and LESSONS beside it. resume: the agent's file; if
+    LESSONS lies beside it, probing is gone on with, else nothing is left to do.
+    """
     tuning_seed = TUNING_SEED + 1000 * seed
-    worth = partial(worth_of_dials, tasks, episodes=max(3, len(tasks[:TUNED_ON])), seed=tuning_seed)
-    dials = search_dials(np.zeros(NUM_DIALS), worth, seed)
-    print(f"starting from the best constant dials found: {np.round(dials, 2).tolist()}")
-    start_at(agent, dials.tolist())
+    after = probing.NOTHING
+    if resume is None:
+        worth = partial(worth_of_dials, tasks, episodes=max(3, len(tasks[:TUNED_ON])), seed=tuning_seed)
+        dials = search_dials(np.zeros(NUM_DIALS), worth, seed)
+        print(f"starting from the best constant dials found: {np.round(dials, 2).tolist()}")
+        start_at(agent, dials.tolist())
+    elif resume.with_name(LESSONS).is_file():
+        after = probing.Progress.load(resume.with_name(LESSONS))
+    else:
+        return
     if len(tasks) > 1 and not isinstance(agent, RecurrentPPO):  # whose memory single observations cannot teach
-        improve(agent, tasks, tuning_seed, progress)
+        for reached in probing.improve(agent, tasks, tuning_seed, after, progress):
+            agent.save(folder / "policy.zip")
+            reached.save(folder / LESSONS)
+        (folder / LESSONS).unlink(missing_ok=True)
 
 
 def run(config: DictConfig) -> float:
     """Trains, compares, exports; returns the best validation revenue share, so that sweeps can rank runs."""
     folder = output_folder()
     seed = seed_of(config.seed)
-    total_steps = count_of(config.total_steps, "total_steps")
+    total_steps = count_of(config.total_steps, "total_steps", least=0)
     every_steps = count_of(config.validation.every_steps, "validation.every_steps")
     count_of(config.compare.seeds, "compare.seeds")
     check_names(names_of(config.compare.policies, "compare.policies"))
@@ -166,8 +191,6 @@ def run(config: DictConfig) -> float:
         task, held_out = engines.training.task, engines.validation.task
     env = BatchingVecEnv(engines.preparation, seed)
     agent = load_agent(config, env, folder, seed)
-    if config.resume is None and task.action == "dials" and config.agent.warm_start:
-        warm_start(agent, tasks, seed, bool(config.progress))
     if engines.training is not engines.preparation:
         env.close()
         env = BatchingVecEnv(engines.training, seed)
@@ -177,10 +200,15 @@ def run(config: DictConfig) -> float:
     )
     print(f"{task.scenario.name} on {task.engine.name}: {task.reward.name} reward optimises {task.reward.optimises}")
     try:
+        if task.action == "dials" and config.agent.warm_start:
+            resume = None if config.resume is None else Path(config.resume)
+            warm_start(agent, tasks, seed, folder, resume, bool(config.progress))
         agent.learn(total_steps, callback=watching, reset_num_timesteps=config.resume is None)
     except KeyboardInterrupt:
-        agent.save(folder / "policy.zip")
-        print(f"interrupted; go on with resume={folder / 'policy.zip'}")
+        if watching.history:
+            agent.save(folder / "policy.zip")
+        if (folder / "policy.zip").is_file():
+            print(f"interrupted; go on with resume={folder / 'policy.zip'}")
         raise
     env.close()
     best = type(agent).load(folder / "best.zip", device="cpu")

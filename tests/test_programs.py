@@ -140,7 +140,7 @@ def test_policies_are_evaluated_on_the_same_arrivals(trained: Path, tmp_path: Pa
         (("engine=h999",), "Could not find 'engine/h999'"),
         (("engine=nowhere.json",), "nowhere.json does not exist"),
         (("agent=dqn",), "env=grid"),
-        (("total_steps=0",), "total_steps=0"),
+        (("total_steps=-1",), "total_steps=-1"),
         (("engine.kv_blocks=-5",), "engine.kv_blocks=-5"),
         (("compare.policies=hygen",), "compare.policies=hygen is not a list"),
         (("env.members=10",), "env.members=10 is not a multiple of env.group_size=8"),

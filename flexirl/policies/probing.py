@@ -12,7 +12,8 @@ space of actions and passed through the network (as in Silver et al., Determinis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,10 +21,10 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from tqdm import tqdm
 
-from flexirl.envs.action import NUM_DIALS
+from flexirl.envs.action import DIALS, NUM_DIALS
 from flexirl.envs.fleet import Fleet, Task
 
-ROUNDS, PROBED = 18, 66  # tasks of each round
+ROUNDS, PROBED = 20, 66  # tasks of each round
 REMEMBERED = 4  # rounds whose parabolas the agent is fitted to; those of much earlier agents would hold it back
 MOVES = (0.2, 0.1)  # of a dial, up and down: in the first round and in the last
 REACH = 2.0  # moves: a parabola is not believed further out
@@ -32,8 +33,11 @@ EVERY = 10  # decisions between two observations to learn from: neighbours are m
 TOGETHER = 4  # tasks that are played at once
 UPDATES, BATCH, LEARNING_RATE = 500, 4096, 1e-3  # of each round
 
+# All but `preempt`, which does nothing in the middle of its range.
+PROBED_DIALS = [i for i, dial in enumerate(DIALS) if dial.name != "preempt"]
+_UP = np.eye(NUM_DIALS, dtype=np.float32)[PROBED_DIALS]
 # The agent itself, then each dial up, then each dial down.
-_PROBES = np.vstack([np.zeros(NUM_DIALS), np.eye(NUM_DIALS), -np.eye(NUM_DIALS)]).astype(np.float32)
+_PROBES = np.vstack([np.zeros((1, NUM_DIALS), np.float32), _UP, -_UP])
 
 
 class Lesson(NamedTuple):
@@ -44,24 +48,52 @@ class Lesson(NamedTuple):
     weights: np.ndarray  # (n, NUM_DIALS)
 
 
-def improve(agent: BaseAlgorithm, tasks: Sequence[Task], seed: int, progress: bool) -> None:
-    """Fits the mean of the agent's policy to what probing finds, round by round; only the policy's layers change.
+class Progress(NamedTuple):
+    """How far probing has come: rounds that are done, and the lessons that are remembered of them."""
 
+    rounds: int
+    lessons: list[Lesson]
+
+    def save(self, path: Path) -> None:
+        """Writes an archive of plain arrays."""
+        np.savez(path, rounds=self.rounds, **{f"{i}_{name}": part for i, lesson in enumerate(self.lessons)
+                                              for name, part in lesson._asdict().items()})  # fmt: skip
+
+    @staticmethod
+    def load(path: Path) -> Progress:
+        """What `save` wrote."""
+        with np.load(path) as archive:
+            count = (len(archive.files) - 1) // len(Lesson._fields)
+            lessons = [Lesson(*(archive[f"{i}_{name}"] for name in Lesson._fields)) for i in range(count)]
+            return Progress(int(archive["rounds"]), lessons)
+
+
+NOTHING = Progress(0, [])
+
+
+def improve(
+    agent: BaseAlgorithm, tasks: Sequence[Task], seed: int, after: Progress, progress: bool
+) -> Iterator[Progress]:
+    """Fits the mean of the agent's policy to what probing finds; only the policy's layers change.
+
+    Yields after each round; saved then, the agent and the progress are all that it takes to go on, to the same end.
     seed: of the episodes, and of the tasks' order.
     """
     order = np.random.default_rng(seed).permutation(len(tasks))
     count = min(PROBED, len(tasks))
-    rounds: list[list[Lesson]] = []
-    with tqdm(total=ROUNDS * count, unit=" tasks", desc="probing", disable=not progress) as bar:
-        for round_ in range(ROUNDS):
+    lessons = after.lessons
+    with tqdm(total=ROUNDS * count, initial=after.rounds * count, unit=" tasks", desc="probing",
+              disable=not progress) as bar:  # fmt: skip
+        for round_ in range(after.rounds, ROUNDS):
             move = float(np.interp(round_, [0, ROUNDS - 1], MOVES))
             chosen = [tasks[order[(round_ * count + i) % len(tasks)]] for i in range(count)]
-            lessons: list[Lesson] = []
+            found: list[Lesson] = []
             for first in range(0, count, TOGETHER):
-                lessons += probe(agent, chosen[first : first + TOGETHER], move, seed + round_ * count + first)
+                found += probe(agent, chosen[first : first + TOGETHER], move, seed + round_ * count + first)
                 bar.update(min(TOGETHER, count - first))
-            rounds = [*rounds[-REMEMBERED + 1 :], lessons]
-            _fit(agent, [lesson for lessons in rounds for lesson in lessons], seed + round_)
+            lessons = [*lessons[-REMEMBERED + 1 :], _together(found)]
+            _fit(agent, lessons, seed + round_)
+            yield Progress(round_ + 1, lessons)
 
 
 def probe(agent: BaseAlgorithm, tasks: Sequence[Task], move: float, seed: int) -> list[Lesson]:
@@ -94,16 +126,17 @@ def probe(agent: BaseAlgorithm, tasks: Sequence[Task], move: float, seed: int) -
 def tops(worth: np.ndarray, move: float) -> tuple[np.ndarray, np.ndarray]:
     """Where the parabolas through what `probe` earned are highest, and their curvatures.
 
-    worth: of the agent, of each dial up, of each dial down, 0 or more in any unit. Returns two float32 arrays
-    (NUM_DIALS,): offsets in positions of a dial; curvatures as shares of the agent's worth per squared position (of
-    the highest, where the agent earns nothing).
+    worth: of the agent, of each of PROBED_DIALS up, of each of them down, 0 or more in any unit. Returns two float32
+    arrays (NUM_DIALS,): offsets in positions of a dial; curvatures as shares of the agent's worth per squared position
+    (of the highest, where the agent earns nothing). Of a dial that is not probed they are 0 and STIFFNESS.
     """
     shares = worth / (worth[0] or worth.max() or 1.0)
     up, down = np.split(shares[1:], 2)
     slopes = (up - down) / (2 * move)
-    curvatures = np.maximum((2 * shares[0] - up - down) / move**2, 0.0) + STIFFNESS
-    offsets = np.clip(slopes / curvatures, -REACH * move, REACH * move)
-    return offsets.astype(np.float32), curvatures.astype(np.float32)
+    offsets, curvatures = np.zeros(NUM_DIALS, np.float32), np.full(NUM_DIALS, STIFFNESS, np.float32)
+    curvatures[PROBED_DIALS] += np.maximum((2 * shares[0] - up - down) / move**2, 0.0)
+    offsets[PROBED_DIALS] = np.clip(slopes / curvatures[PROBED_DIALS], -REACH * move, REACH * move)
+    return offsets, curvatures
 
 
 def mean_action(agent: BaseAlgorithm, observations: np.ndarray) -> np.ndarray:
@@ -119,9 +152,13 @@ def _mean(policy: Any, observations: torch.Tensor) -> torch.Tensor:
     return mean
 
 
+def _together(lessons: Sequence[Lesson]) -> Lesson:
+    return Lesson(*(np.concatenate(part) for part in zip(*lessons, strict=True)))
+
+
 def _fit(agent: BaseAlgorithm, lessons: Sequence[Lesson], seed: int) -> None:
     """Weighted least squares by Adam (Kingma and Ba, ICLR 2015)."""
-    observed, wanted, weights = (torch.as_tensor(np.concatenate(part)) for part in zip(*lessons, strict=True))
+    observed, wanted, weights = (torch.as_tensor(part) for part in _together(lessons))
     policy: Any = agent.policy
     layers = [*policy.mlp_extractor.policy_net.parameters(), *policy.action_net.parameters()]
     optimizer = torch.optim.Adam(layers, LEARNING_RATE)

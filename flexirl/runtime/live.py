@@ -35,6 +35,7 @@ from flexirl.runtime.shadow import Shadow
 from flexirl.runtime.state import (
     CANCELLED,
     EXPIRED,
+    FUTURE,
     ITL_BINS,
     RECOMPUTE,
     REJECTED,
@@ -159,6 +160,7 @@ class LiveEngine:
         prepare(self._live, 0)
         finish(self._live, no_tokens, self._is_end, 0.0)
         abandon(self.state, 0.0)
+        self.state.requests["status"] = FUTURE
         surrogate.start(self.state, empty_rows(0), no_promises, seed)
         # No bound on a real iteration is certain, so a promise is broken when its time has passed and not before.
         self.state.scheduler["fastest_step_s"] = 0.0

@@ -185,11 +185,14 @@ def reorder(state: State, request_class: int, order: int, weight_s: float, expec
     group.order_weight_s = weight_s
     group.order_expected = expected
     state.lanes[request_class, :] = NONE
+    waiting = group.waiting
     group.waiting = group.waiting_tokens = 0
     group.relegated = group.relegated_tokens = 0
-    for r in range(len(state.requests)):
+    r = 0
+    while group.waiting < waiting:
         if state.requests[r].status == WAITING and state.requests[r].request_class == request_class:
             push(state, r)
+        r += 1
 
 
 @nb.njit(cache=True)

@@ -32,14 +32,14 @@ _NOISE_LIMIT = 3.0  # noise is cut at this many standard deviations, so that the
 
 @nb.njit(cache=True)
 def start(state: State, trace: np.ndarray, promises: np.ndarray, seed: int) -> None:
-    """Puts an empty state at the start of a trace.
+    """Puts a new state, or one that another trace has left, at the start of a trace.
 
     trace: `TRACE_ROW` (N,), N at most the state's requests; promises: int32, the rows with a finite TTFT promise by
     due time; seed: of the step-time noise.
     """
     state = borrow(state)
     scheduler, engine = state.scheduler[0], state.engine[0]
-    for r in range(len(state.requests)):
+    for r in range(scheduler.trace_next):  # all that have been anything else
         state.requests[r].status = FUTURE
     _clear_records(state)
     scheduler.now_s = 0.0

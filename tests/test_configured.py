@@ -7,7 +7,7 @@ import math
 import pytest
 from omegaconf import open_dict
 
-from flexirl.configured import _train_config, default_task, load_tasks
+from flexirl.configured import _train_config, default_task, load_tasks, load_validation_tasks
 from flexirl.errors import UserError
 
 
@@ -23,6 +23,12 @@ def test_axes_whose_lengths_have_no_common_divisor_come_to_meet() -> None:
     met = [(task.scenario.immediate.load, task.slo.tpot_s, task.slo.ttft_s) for task in tasks]  # type: ignore[attr-defined]
     assert met[:3] == [(0.3, 0.02, 2.0), (0.6, 0.03, 1.0), (0.3, 0.05, 1.0)]
     assert len(set(met)) == 6
+
+
+def test_a_mixture_is_validated_on_the_tasks_that_follow() -> None:
+    config = _train_config(["mixture=general", "mixture.tasks=3", "validation.members=2"])
+    more = _train_config(["mixture=general", "mixture.tasks=5"])
+    assert load_validation_tasks(config) == load_tasks(more)[3:]
 
 
 def test_the_axes_of_the_packaged_mixture_have_such_lengths() -> None:

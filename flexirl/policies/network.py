@@ -1,12 +1,13 @@
 """The network of a policy file: read from ONNX as plain numbers, run by compiled code.
 
-Files are as `export` writes them: a normaliser, then dense layers with one activation between them. Whatever else a
-file holds is refused, nothing in it is executed, and no file that it may refer to is read.
+Files are as `export` and `average` write them: a normaliser, then dense layers with one activation between them, or the
+mean of several such networks. Whatever else a file holds is refused, nothing in it is executed, and no file that it may
+refer to is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numba as nb
@@ -21,11 +22,11 @@ _CONSTANTS = {"Sub": 1, "Div": 1, "Clip": 2, "Gemm": 2}  # of each operator that
 
 
 class Network(NamedTuple):
-    """A network from observations to numbers.
+    """From observations to numbers: the mean of what one or more networks of the same shape give.
 
-    sizes: int64, of the observation, the hidden layers and the output; numbers: float32, the normaliser's means and
-    deviations, then of each layer its weights, a row for each output, and its biases; limit: of normalised
-    observations; relu: what is between layers, else it is tanh.
+    sizes: int64, of the observation, the hidden layers and the output; numbers: float32, a row for each network: the
+    normaliser's means and deviations, then of each layer its weights, a row for each output, and its biases; limit: of
+    normalised observations; relu: what is between layers, else it is tanh.
     """
 
     sizes: np.ndarray
@@ -37,10 +38,28 @@ class Network(NamedTuple):
 def read_network(model: onnx.ModelProto) -> Network:
     """The network of a policy file; raises UserError that says what is wrong with it, to follow a colon."""
     graph = model.graph
-    nodes = list(graph.node)
     constants = {tensor.name: _numbers_of(tensor) for tensor in graph.initializer}
     if [tensor.name for tensor in graph.output] != ["action", "raw"]:
         raise UserError("its outputs are not action and raw")
+    *nodes, last = graph.node
+    if not nodes or list(last.input[:1]) != ["raw"]:  # from which the action is cut or chosen
+        raise UserError("it does not end in an action")
+    ends = ["raw"]
+    if nodes[-1].op_type == "Mean" and list(nodes[-1].output) == ends:
+        ends = list(nodes.pop().input)
+    if not ends or len(nodes) % len(ends):
+        raise UserError("its networks are not alike")
+    length = len(nodes) // len(ends)
+    networks = [_read_one(nodes[i * length : (i + 1) * length], end, constants) for i, end in enumerate(ends)]
+    first = networks[0]
+    for network in networks[1:]:
+        if network.sizes.tolist() != first.sizes.tolist() or network[2:] != first[2:]:
+            raise UserError("its networks are not alike")
+    return first._replace(numbers=np.concatenate([network.numbers for network in networks]))
+
+
+def _read_one(nodes: Sequence[onnx.NodeProto], end: str, constants: dict[str, np.ndarray]) -> Network:
+    """One network, from the observation to the tensor `end`."""
 
     def steps() -> Iterator[tuple[str, list[np.ndarray]]]:
         """Operator and constants of every node, each of which takes what the one before gives."""
@@ -48,14 +67,13 @@ def read_network(model: onnx.ModelProto) -> Network:
         for node in nodes:
             if not node.input or node.input[0] != given or len(node.output) != 1:
                 raise UserError("its operators are no chain from the observation on")
-            if given == "raw":  # the action is cut or chosen from it
-                return
             numbers = [constants[name] for name in node.input[1:] if name in constants]
             if len(numbers) != _CONSTANTS.get(node.op_type, 0):
                 raise UserError(f"operator {node.op_type} lacks its numbers")
             given = node.output[0]
             yield node.op_type, numbers
-        raise UserError("it does not end in an action")
+        if given != end:
+            raise UserError("its operators are no chain to the action")
 
     chain = list(steps())
     kinds = [kind for kind, _ in chain]
@@ -77,7 +95,7 @@ def read_network(model: onnx.ModelProto) -> Network:
             raise UserError("its layers do not fit each other")
         sizes.append(len(biases))
     numbers = np.concatenate([mean, deviation, *(array.ravel() for layer in layers for array in layer)])
-    return Network(np.array(sizes), numbers, limits[1].item(), "Relu" in activations)
+    return Network(np.array(sizes), numbers[None], limits[1].item(), "Relu" in activations)
 
 
 def _numbers_of(tensor: onnx.TensorProto) -> np.ndarray:
@@ -93,27 +111,29 @@ def _numbers_of(tensor: onnx.TensorProto) -> np.ndarray:
 @nb.njit(cache=True, fastmath={"reassoc", "contract", "arcp", "nsz"})
 def run_network(network: Network, observed: np.ndarray, out: np.ndarray) -> None:
     """Fills `out`, float32 (numbers,), for one observation, float32 (observations,)."""
-    numbers, sizes = network.numbers, network.sizes
-    count = sizes[0]
-    at = 2 * count
-    limit = np.float32(network.limit)
-    values = np.empty(count, np.float32)
-    for i in range(count):
-        values[i] = min(max((observed[i] - numbers[i]) / numbers[count + i], -limit), limit)
-    for layer in range(1, len(sizes)):
-        outputs = sizes[layer]
-        biases = at + count * outputs
-        results = np.empty(outputs, np.float32)
-        for j in range(outputs):
-            total = np.float32(0.0)
-            for i in range(count):
-                total += numbers[at + j * count + i] * values[i]
-            total += numbers[biases + j]
-            if layer < len(sizes) - 1:
-                total = max(total, np.float32(0.0)) if network.relu else np.tanh(total)
-            results[j] = total
-        at, count, values = biases + outputs, outputs, results
-    out[:] = values
+    sizes, limit = network.sizes, np.float32(network.limit)
+    out[:] = 0.0
+    for numbers in network.numbers:
+        count = sizes[0]
+        at = 2 * count
+        values = np.empty(count, np.float32)
+        for i in range(count):
+            values[i] = min(max((observed[i] - numbers[i]) / numbers[count + i], -limit), limit)
+        for layer in range(1, len(sizes)):
+            outputs = sizes[layer]
+            biases = at + count * outputs
+            results = np.empty(outputs, np.float32)
+            for j in range(outputs):
+                total = np.float32(0.0)
+                for i in range(count):
+                    total += numbers[at + j * count + i] * values[i]
+                total += numbers[biases + j]
+                if layer < len(sizes) - 1:
+                    total = max(total, np.float32(0.0)) if network.relu else np.tanh(total)
+                results[j] = total
+            at, count, values = biases + outputs, outputs, results
+        out += values
+    out /= np.float32(len(network.numbers))
 
 
 @nb.njit(cache=True)

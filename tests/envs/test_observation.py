@@ -225,7 +225,7 @@ def test_a_deployed_policy_observes_what_it_observed_in_training() -> None:
 
         def reset(self, view: View) -> None:
             zeros = np.concatenate([np.zeros(SIZE), np.ones(SIZE), np.zeros((SIZE + 1) * NUM_DIALS)])
-            network = Network(np.array([SIZE, NUM_DIALS]), zeros.astype(np.float32), 10.0, False)
+            network = Network(np.array([SIZE, NUM_DIALS]), zeros.astype(np.float32)[None], 10.0, False)
             self.observed, settings = np.zeros(SIZE, np.float32), np.zeros(1, SETTINGS)
             self.decider = new_decider(view.state, network, view.slo, settings, self.observed)
             self.seen: list[np.ndarray] = []

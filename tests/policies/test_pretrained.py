@@ -16,8 +16,7 @@ from flexirl.policies.agents import start_at
 from flexirl.policies.export import export
 from flexirl.policies.learned import LearnedPolicy, load_policy
 from flexirl.policies.registry import PRETRAINED, PRETRAINED_FILE, make_policy
-from flexirl.pretrained import revenue_share, ship_best, validated_tasks
-from flexirl.train import VALIDATION_SEED
+from flexirl.pretrained import COMMON_SEED, revenue_share, ship_mean, validated_tasks
 
 
 def test_it_comes_with_the_package() -> None:
@@ -28,11 +27,11 @@ def test_it_comes_with_the_package() -> None:
 
 
 def test_it_earns_what_its_metadata_says() -> None:
-    """Its validation again, by the exported network: the mean revenue share over tasks it was trained on."""
-    metadata = make_policy(PRETRAINED).metadata  # type: ignore[attr-defined]
-    tasks = validated_tasks(metadata["training"])
-    share = revenue_share(PRETRAINED_FILE, tasks, VALIDATION_SEED + metadata["training"]["seed"])
-    assert share == pytest.approx(metadata["validation"]["revenue_share"], abs=2e-3)
+    policy = make_policy(PRETRAINED)
+    assert isinstance(policy, LearnedPolicy)
+    share = revenue_share(policy.network, validated_tasks(policy.metadata["training"]), COMMON_SEED)
+    assert share == pytest.approx(policy.metadata["revenue_share"], abs=2e-3)
+    assert len(policy.network.numbers) == len(policy.metadata["seeds"]) == 5
 
 
 TRAINING = ("workload=tiny", "workload.duration_s=6", "workload.warmup_s=0", "engine=cpu-tiny")
@@ -49,19 +48,22 @@ def run_folder(folder: Path, seed: int, dials: float, *overrides: str) -> Path:
     return folder
 
 
-def test_the_best_of_several_runs_ships_and_says_what_all_earned(tmp_path: Path) -> None:
-    bad, good = run_folder(tmp_path / "a", 3, -1.0), run_folder(tmp_path / "b", 4, 0.0)
-    shares = ship_best([bad, good], tmp_path / "shipped.onnx")
-    assert set(shares) == {3, 4} and shares[4] > shares[3]
-    metadata = load_policy(tmp_path / "shipped.onnx").metadata
-    assert metadata["training"]["seed"] == 4 and metadata["seeds"] == {str(seed): shares[seed] for seed in (3, 4)}
-    tasks = load_tasks(OmegaConf.create(metadata["training"]))
-    assert revenue_share(good / "policy.onnx", tasks, 5) == revenue_share(tmp_path / "shipped.onnx", tasks, 5)
+def test_the_mean_of_several_runs_ships_and_says_what_all_earned(tmp_path: Path) -> None:
+    runs = [run_folder(tmp_path / "a", 3, -1.0), run_folder(tmp_path / "b", 4, 0.0)]
+    shares, share = ship_mean(runs, tmp_path / "shipped.onnx")
+    shipped = load_policy(tmp_path / "shipped.onnx")
+    tasks = load_tasks(OmegaConf.create(shipped.metadata["training"]))
+    alone = [revenue_share(load_policy(run / "policy.onnx").network, tasks, COMMON_SEED) for run in runs]
+    between = load_policy(run_folder(tmp_path / "c", 5, -0.5) / "policy.onnx").network
+    assert shares == {3: alone[0], 4: alone[1]} and alone[0] < alone[1]
+    assert share == pytest.approx(revenue_share(between, tasks, COMMON_SEED), rel=1e-3)
+    assert shipped.metadata["seeds"] == {str(seed): earned for seed, earned in shares.items()}
+    assert shipped.metadata["revenue_share"] == share
 
 
 def test_runs_that_differ_by_more_than_their_seed_are_refused(tmp_path: Path) -> None:
     one, other = run_folder(tmp_path / "a", 3, 0.0), run_folder(tmp_path / "b", 4, 0.0, "workload.load=0.6")
     for runs in ([one, other], [one, one]):
         with pytest.raises(UserError, match="with another seed"):
-            ship_best(runs, tmp_path / "shipped.onnx")
+            ship_mean(runs, tmp_path / "shipped.onnx")
     assert not (tmp_path / "shipped.onnx").exists()

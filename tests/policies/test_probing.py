@@ -19,6 +19,8 @@ from flexirl.envs.observation import SIZE
 from flexirl.policies import probing
 from flexirl.policies.grouped_ppo import GroupedPPO
 
+PROBED = probing.PROBED_DIALS
+
 # A task is known by its promise: an iteration is another share of it.
 TASK = setting("grouped_ppo", "dials")[1]
 TASKS = [TASK, replace(TASK, slo=replace(TASK.slo, tpot_s=4 * TASK.slo.tpot_s))]
@@ -52,7 +54,7 @@ class Wishes(Fleet):
 
 def test_the_agent_finds_what_each_task_wants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probing, "Fleet", Wishes)
-    for name, value in {"ROUNDS": 20, "EVERY": 1, "UPDATES": 200, "BATCH": 256}.items():
+    for name, value in {"ROUNDS": 12, "EVERY": 1, "UPDATES": 300, "BATCH": 256}.items():
         monkeypatch.setattr(probing, name, value)
     agent = make("grouped_ppo", tmp_path)
     before = [weight.clone() for weight in agent.policy.mlp_extractor.value_net.parameters()]
@@ -62,7 +64,7 @@ def test_the_agent_finds_what_each_task_wants(tmp_path: Path, monkeypatch: pytes
     errors = []
     for _ in range(30):
         action = probing.mean_action(agent, observations)
-        errors.append(action - Wishes.WANTED)
+        errors.append((action - Wishes.WANTED)[:, PROBED])
         observations = fleet.step(action)[0]
     assert np.sqrt(np.mean(np.square(errors))) < 0.2  # the two are 0.9 apart
     after = agent.policy.mlp_extractor.value_net.parameters()
@@ -98,55 +100,49 @@ def test_the_same_seed_makes_the_same_agent_also_after_a_break(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("tasks", [TASKS, TASKS[:1]])
-def test_probes_are_of_the_agent_itself(tasks: Sequence[Task], tmp_path: Path) -> None:
+def test_lessons_are_of_the_agent_itself(tasks: Sequence[Task], tmp_path: Path) -> None:
     """Observations and actions are those of an episode that the agent plays alone."""
     agent: Any = make("grouped_ppo", tmp_path)
-    probes = probing.probe(agent, tasks, 0.2, seed=5)
+    lessons = probing.probe(agent, tasks, 0.2, seed=5)
     fleet = Fleet(tasks, len(tasks), 1, len(tasks))
     observations = fleet.reset(5)
     for step in range(30):
-        action = probing.mean_action(agent, observations)
         if step % probing.EVERY == 0:
-            for one, observed, taken in zip(probes, observations, action, strict=True):
-                assert (one.observed[step // probing.EVERY] == observed).all()
-                assert one.taken[step // probing.EVERY] == pytest.approx(taken, abs=1e-6)
-        observations = fleet.step(action)[0]
-    assert all(one.taken.shape == (3, NUM_DIALS) and one.slopes.shape == (NUM_DIALS,) for one in probes)
+            for lesson, observed in zip(lessons, observations, strict=True):
+                assert (lesson.observed[step // probing.EVERY] == observed).all()
+        observations = fleet.step(probing.mean_action(agent, observations))[0]
+    assert all(lesson.wanted.shape == lesson.weights.shape == (3, NUM_DIALS) for lesson in lessons)
 
 
-def test_neither_other_dials_nor_pairs_of_them_are_taken_for_the_worth_of_a_dial() -> None:
-    rng = np.random.default_rng(0)
-    slopes, pairs = rng.normal(size=NUM_DIALS), rng.normal(size=(NUM_DIALS, NUM_DIALS))
+def test_tops_are_those_of_the_parabolas() -> None:
+    top, curvature = np.linspace(-0.3, 0.3, NUM_DIALS), np.linspace(0.5, 4.0, NUM_DIALS)
 
     def worth(dials: np.ndarray) -> float:
-        return float(7.0 * (1.0 + slopes @ dials + dials @ pairs @ dials))
+        return float(1.0 - 0.5 * curvature @ (dials - top) ** 2)
 
-    worths = np.array([worth(np.zeros(NUM_DIALS)), *(worth(0.1 * row) for row in probing.DESIGN)])
-    assert probing.slopes_of(worths, 0.1) == pytest.approx(slopes, rel=1e-5)
+    here = worth(np.zeros(NUM_DIALS))
+    moved = [worth(sign * 0.2 * dial) for sign in (1, -1) for dial in np.eye(NUM_DIALS)[PROBED]]
+    offsets, weights = probing.tops(7.0 * np.array([here, *moved]), 0.2)
+    curvature /= here
+    assert weights[PROBED] == pytest.approx((curvature + probing.STIFFNESS)[PROBED], rel=1e-5)
+    assert offsets[PROBED] == pytest.approx((top * curvature / weights)[PROBED], rel=1e-4)
+    others = np.delete(np.arange(NUM_DIALS), PROBED)
+    assert (offsets[others] == 0).all() and weights[others] == pytest.approx(probing.STIFFNESS)
 
 
-def test_the_mean_slope_has_an_eighth_of_the_variance_of_single_moves() -> None:
-    noise = np.random.default_rng(1).normal(scale=0.01, size=(20_000, 1 + len(probing.DESIGN)))
-    designed = np.array([probing.slopes_of(1 + row * [0, *[1] * len(probing.DESIGN)], 0.1)[3] for row in noise[:4000]])
-    single = (noise[:, 1] - noise[:, 2]) / (2 * 0.1)
-    assert np.var(single) / np.var(designed) == pytest.approx(8, rel=0.1)
+def test_a_dial_without_effect_stays_and_one_without_top_goes_as_far_as_is_believed() -> None:
+    worth = np.ones(1 + 2 * len(PROBED))
+    worth[1], worth[1 + len(PROBED)] = 1.1, 0.9
+    offsets, weights = probing.tops(worth, 0.2)
+    assert offsets.tolist() == pytest.approx([0.2 * probing.REACH, *[0.0] * (NUM_DIALS - 1)])
+    assert weights == pytest.approx(probing.STIFFNESS)
 
 
-def test_an_agent_that_earns_nothing_has_slopes_where_something_is_earned() -> None:
-    worth = np.zeros(1 + len(probing.DESIGN))
-    assert (probing.slopes_of(worth, 0.2) == 0).all()
+def test_an_agent_that_earns_nothing_goes_where_something_is_earned_if_anywhere() -> None:
+    worth = np.zeros(1 + 2 * len(PROBED))
+    offsets, weights = probing.tops(worth, 0.2)
+    assert (offsets == 0).all() and weights == pytest.approx(probing.STIFFNESS)
     worth[1] = 3.0
-    assert probing.slopes_of(worth, 0.2) == pytest.approx(probing.DESIGN[0] / (16 * 0.2))
-
-
-def test_typical_slopes_are_one_move_and_steep_ones_two() -> None:
-    slopes = np.zeros((8, NUM_DIALS), np.float32)
-    slopes[:, 0] = [1, -1, 1, 1, -1, 1, -1, 1]
-    slopes[:, 1] = 0.1 * slopes[:, 0]
-    slopes[3, 2] = -5.0
-    probes = [probing.Probe(np.zeros((2, SIZE)), np.full((2, NUM_DIALS), 0.3), one) for one in slopes]
-    wanted = probing.lesson_of(probes, 0.1).wanted.reshape(8, 2, NUM_DIALS) - 0.3
-    assert wanted[:, 1, 0] == pytest.approx(0.1 * slopes[:, 0], rel=0.01)
-    assert wanted[:, 1, 1] == pytest.approx(0.1 * slopes[:, 0], rel=0.05)
-    assert wanted[3, :, 2] == pytest.approx(-0.1 * probing.REACH)
-    assert np.count_nonzero(np.abs(wanted[:, :, 2:]) > 1e-6) == 2
+    offsets, weights = probing.tops(worth, 0.2)
+    assert offsets.tolist() == pytest.approx([0.2 * probing.REACH, *[0.0] * (NUM_DIALS - 1)])
+    assert np.isfinite(weights).all()

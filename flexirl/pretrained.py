@@ -61,6 +61,7 @@ def ship_mean(runs: Sequence[Path], target: Path) -> tuple[dict[int, float], flo
         policy = load_policy(run / "policy.onnx")
         training = dict(policy.metadata["training"])
         seed = training.pop("seed")
+        training.pop("resume")  # a run that was interrupted is the same training
         trainings.append(training)
         if training != trainings[0] or seed in shares:
             raise UserError(f"{run} is not the training of {runs[0]} with another seed; give runs that differ by it.")

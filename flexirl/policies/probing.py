@@ -24,7 +24,7 @@ from tqdm import tqdm
 from flexirl.envs.action import DIALS, NUM_DIALS
 from flexirl.envs.fleet import Fleet, Task
 
-ROUNDS, PROBED = 20, 66  # tasks of each round
+ROUNDS, PROBED = 14, 66  # tasks of each round
 REMEMBERED = 4  # rounds whose parabolas the agent is fitted to; those of much earlier agents would hold it back
 MOVES = (0.2, 0.1)  # of a dial, up and down: in the first round and in the last
 REACH = 2.0  # moves: a parabola is not believed further out

@@ -53,7 +53,7 @@ class Training(BaseCallback):
         self.history: list[dict[str, float]] = []
         self._fleet = fleet
         self._seed = seed
-        self._progress = tqdm(total=total_steps, unit=" steps", disable=not progress, smoothing=0.05)
+        self._shows_progress = progress
         self._episodes: deque[dict[str, float]] = deque(maxlen=200)
         self._rewards: deque[float] = deque(maxlen=200)
         self._next = 0
@@ -65,7 +65,10 @@ class Training(BaseCallback):
         return max(self.history, key=lambda row: row["revenue_share"])
 
     def _on_training_start(self) -> None:
-        self._progress.n = self.num_timesteps
+        self._progress = tqdm(
+            total=self.total_steps, initial=self.num_timesteps, unit=" steps", disable=not self._shows_progress,
+            smoothing=0.05,
+        )  # fmt: skip
         self._next = self.num_timesteps  # the starting point is validated too
 
     def _on_step(self) -> bool:

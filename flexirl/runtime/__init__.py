@@ -13,7 +13,8 @@ from pathlib import Path
 import numba
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-_COMPILED = ("runtime", "envs", "policies", "workloads")  # folders (not those below) of compiled code and the constants it takes in
+# Folders (not those below) of compiled code and the constants it takes in.
+_COMPILED = ("runtime", "envs", "policies", "workloads")
 
 
 def _source_digest() -> str:

@@ -98,6 +98,13 @@ def test_training_resumes(trained: Path, tmp_path: Path) -> None:
     )
 
 
+def test_without_steps_the_agent_it_starts_from_is_what_comes_out(tmp_path: Path) -> None:
+    ran = run(tmp_path, "train", "hydra.run.dir=out", *SMALL, "total_steps=0", "compare.policies=[]")
+    assert ran.returncode == 0, ran.stderr
+    assert [row["steps"] for row in json.loads((tmp_path / "out" / "history.json").read_text())] == [0]
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"policy.onnx", "policy.zip", "reward.png"}
+
+
 def test_sweeps_give_every_job_a_folder(tmp_path: Path) -> None:
     swept = run(tmp_path, "train", "--multirun", "hydra.sweep.dir=.", *SMALL, "seed=1,2", "compare.policies=[]")
     assert swept.returncode == 0, swept.stderr

@@ -17,7 +17,6 @@ from flexirl.envs.action import NUM_DIALS
 from flexirl.envs.fleet import Fleet, Task
 from flexirl.envs.observation import SIZE
 from flexirl.policies import probing
-from flexirl.policies.grouped_ppo import GroupedPPO
 
 PROBED = probing.PROBED_DIALS
 
@@ -71,32 +70,16 @@ def test_the_agent_finds_what_each_task_wants(tmp_path: Path, monkeypatch: pytes
     assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
-def test_the_same_seed_makes_the_same_agent_also_after_a_break(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"ROUNDS": 3, "UPDATES": 20, "BATCH": 256, "REMEMBERED": 2}.items():
+def test_the_same_seed_makes_the_same_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ROUNDS": 2, "UPDATES": 20, "BATCH": 256}.items():
         monkeypatch.setattr(probing, name, value)
-
-    def acts(agent: BaseAlgorithm) -> np.ndarray:
-        return probing.mean_action(agent, np.zeros((1, SIZE), np.float32))
 
     def improved(seed: int) -> np.ndarray:
         agent = make("grouped_ppo", tmp_path)
         improve(agent, seed)
-        return acts(agent)
+        return probing.mean_action(agent, np.zeros((1, SIZE), np.float32))
 
     assert (improved(2) == improved(2)).all() and (improved(2) != improved(3)).any()
-
-    agent = make("grouped_ppo", tmp_path)
-    for reached in probing.improve(agent, TASKS, 2, probing.NOTHING, progress=False):
-        if reached.rounds == 2:
-            break
-    agent.save(tmp_path / "policy.zip")
-    reached.save(tmp_path / "lessons.npz")
-    agent = GroupedPPO.load(tmp_path / "policy.zip")
-    rounds = [
-        after.rounds
-        for after in probing.improve(agent, TASKS, 2, probing.Progress.load(tmp_path / "lessons.npz"), False)
-    ]
-    assert rounds == [3] and (acts(agent) == improved(2)).all()
 
 
 @pytest.mark.parametrize("tasks", [TASKS, TASKS[:1]])

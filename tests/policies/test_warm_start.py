@@ -20,7 +20,7 @@ from flexirl.policies.grouped_ppo import GroupedPPO
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"ROUNDS": 3, "UPDATES": 20, "BATCH": 256}.items():
+    for name, value in {"ROUNDS": 3, "UPDATES": 20, "BATCH": 256, "REMEMBERED": 2}.items():
         monkeypatch.setattr(probing, name, value)
     monkeypatch.setattr(train, "search_dials", lambda *_: np.full(NUM_DIALS, 0.1))
 

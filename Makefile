@@ -27,7 +27,7 @@ test: .venv/installed-test
 
 bench: .venv/installed
 	$(BIN)/python -m flexirl.bench
-	$(BIN)/python -m flexirl.bench_live
+	$(BIN)/python -m flexirl.bench live
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,11 +15,11 @@ from flexirl.benchmarks.report import write_report
 from flexirl.benchmarks.results import collect
 from flexirl.benchmarks.runs import UPPER_BOUND, Job, run_all
 from flexirl.benchmarks.suites import expand
-from flexirl.configured import count_of, names_of, seed_of
 from flexirl.errors import UserError
-from flexirl.evaluation import ANCHORS
+from flexirl.experiments.comparison import ANCHORS
+from flexirl.experiments.configuration import count_of, names_of, seed_of
+from flexirl.experiments.program import output_folder, run_program
 from flexirl.policies.registry import check_names
-from flexirl.program import output_folder, run_program
 
 
 def run(config: DictConfig) -> None:

@@ -14,14 +14,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from flexirl.configured import load_executor, number, seed_of
-from flexirl.plots import plot_calibration
+from flexirl.experiments.configuration import load_executor, number, seed_of
+from flexirl.experiments.plots import plot_calibration
+from flexirl.experiments.program import output_folder, run_program
 from flexirl.policies.registry import make_policy
-from flexirl.program import output_folder, run_program
-from flexirl.runtime.calibration import calibrate
-from flexirl.runtime.capacity import ServiceTime
-from flexirl.runtime.engine import save_profile
-from flexirl.runtime.step_time import BATCH
+from flexirl.runtime.fitting.calibration import calibrate
+from flexirl.runtime.profile.capacity import ServiceTime
+from flexirl.runtime.profile.engine import save_profile
+from flexirl.runtime.profile.step_time import BATCH
 from flexirl.workloads.config import from_config
 from flexirl.workloads.scenario import SLO
 

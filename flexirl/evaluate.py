@@ -11,9 +11,8 @@ from dataclasses import replace
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from flexirl.configured import count_of, load_executor, load_task, names_of, seed_of
 from flexirl.errors import UserError
-from flexirl.evaluation import (
+from flexirl.experiments.comparison import (
     TUNING_SEED,
     Row,
     Runner,
@@ -24,12 +23,13 @@ from flexirl.evaluation import (
     table,
     write_leaderboard,
 )
-from flexirl.fidelity import rank_agreement, side_by_side, write_fidelity
-from flexirl.fidelity import table as fidelity_table
-from flexirl.plots import plot_comparison, plot_fidelity, plot_timeline
+from flexirl.experiments.configuration import count_of, load_executor, load_task, names_of, seed_of
+from flexirl.experiments.fidelity import rank_agreement, side_by_side, write_fidelity
+from flexirl.experiments.fidelity import table as fidelity_table
+from flexirl.experiments.plots import plot_comparison, plot_fidelity, plot_timeline
+from flexirl.experiments.program import output_folder, run_program
 from flexirl.policies.registry import check_names, make_policy
-from flexirl.program import output_folder, run_program
-from flexirl.runtime.calibration import measure_pace
+from flexirl.runtime.fitting.calibration import measure_pace
 
 ENGINES = ("surrogate", "live")
 PACE_RULE = "qoserve"  # decides while the machine's pace is measured

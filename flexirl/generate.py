@@ -13,17 +13,17 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from flexirl.configured import count_of, load_executor, load_rule, load_slo, number, seed_of
 from flexirl.errors import UserError
-from flexirl.plots import plot_timeline
+from flexirl.experiments.configuration import count_of, load_executor, load_rule, load_slo, number, seed_of
+from flexirl.experiments.plots import plot_timeline
+from flexirl.experiments.program import output_folder, run_program
 from flexirl.policies.registry import make_policy
-from flexirl.program import output_folder, run_program
-from flexirl.runtime.engine import EngineProfile
-from flexirl.runtime.live import LiveEngine
-from flexirl.runtime.recording import Recording, read_timeline
-from flexirl.runtime.requests import ERROR, Completion, Image, Request, Update
-from flexirl.runtime.sampling import Sampling
-from flexirl.runtime.shadow import Shadow
+from flexirl.runtime.live.engine import LiveEngine
+from flexirl.runtime.live.recording import Recording, read_timeline
+from flexirl.runtime.live.requests import ERROR, Completion, Image, Request, Update
+from flexirl.runtime.live.sampling import Sampling
+from flexirl.runtime.live.shadow import Shadow
+from flexirl.runtime.profile.engine import EngineProfile
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 if TYPE_CHECKING:

@@ -18,13 +18,13 @@ import onnx
 from omegaconf import OmegaConf
 from onnx import helper
 
-from flexirl.configured import load_tasks, load_validation_tasks
 from flexirl.envs.fleet import Fleet, Task
 from flexirl.errors import UserError
-from flexirl.policies.averaging import average
-from flexirl.policies.learned import load_policy
-from flexirl.policies.network import Network, read_network, run_each
+from flexirl.experiments.configuration import load_tasks, load_validation_tasks
+from flexirl.policies.deploy.learned import load_policy
+from flexirl.policies.deploy.network import Network, read_network, run_each
 from flexirl.policies.registry import PRETRAINED_FILE
+from flexirl.policies.training.averaging import average
 from flexirl.train import VALIDATION_SEED
 
 COMMON_SEED = VALIDATION_SEED + 100_000

@@ -23,21 +23,10 @@ from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch.utils.tensorboard import SummaryWriter
 
-from flexirl.configured import (
-    count_of,
-    load_executor,
-    load_live_fleet,
-    load_task,
-    load_tasks,
-    load_validation_tasks,
-    names_of,
-    seed_of,
-)
-from flexirl.envs.action import NUM_DIALS
 from flexirl.envs.fleet import Fleet, Task
 from flexirl.envs.vector import BatchingVecEnv
 from flexirl.errors import UserError
-from flexirl.evaluation import (
+from flexirl.experiments.comparison import (
     TUNING_SEED,
     Runner,
     compare,
@@ -47,14 +36,25 @@ from flexirl.evaluation import (
     worth_of_dials,
     write_leaderboard,
 )
-from flexirl.plots import plot_comparison, plot_history, plot_timeline
-from flexirl.policies import probing
-from flexirl.policies.agents import ALGORITHMS, make_agent, start_at
-from flexirl.policies.export import export
+from flexirl.experiments.configuration import (
+    count_of,
+    load_executor,
+    load_live_fleet,
+    load_task,
+    load_tasks,
+    load_validation_tasks,
+    names_of,
+    seed_of,
+)
+from flexirl.experiments.plots import plot_comparison, plot_history, plot_timeline
+from flexirl.experiments.program import output_folder, run_program
 from flexirl.policies.heuristics.tuning import search_dials
+from flexirl.policies.interface.action import NUM_DIALS
 from flexirl.policies.registry import check_names
-from flexirl.policies.training import Training
-from flexirl.program import output_folder, run_program
+from flexirl.policies.training import probing
+from flexirl.policies.training.agents import ALGORITHMS, make_agent, start_at
+from flexirl.policies.training.export import export
+from flexirl.policies.training.training import Training
 
 VALIDATION_SEED = 250_000
 LESSONS = "lessons.npz"  # beside policy.zip while probing goes on

@@ -15,11 +15,11 @@ import numpy as np
 from omegaconf import DictConfig
 
 from flexirl.errors import UserError
+from flexirl.experiments.program import output_folder, run_program
 from flexirl.policies.registry import make_policy
-from flexirl.program import output_folder, run_program
-from flexirl.runtime.engine import EngineProfile, save_profile
-from flexirl.runtime.operators import fit_profile
-from flexirl.runtime.replay import Record, Served, replay
+from flexirl.runtime.fitting.operators import fit_profile
+from flexirl.runtime.fitting.replay import Record, Served, replay
+from flexirl.runtime.profile.engine import EngineProfile, save_profile
 
 METRICS = {"ttft": "ttft_s", "tpot": "tpot_s", "e2e": "e2e_s"}
 PERCENTILES = (50, 90, 95, 99)

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from flexirl.configured import load_engine, load_slo, seed_of
-from flexirl.program import output_folder, run_program
-from flexirl.runtime.capacity import ServiceTime
+from flexirl.experiments.configuration import load_engine, load_slo, seed_of
+from flexirl.experiments.program import output_folder, run_program
+from flexirl.runtime.profile.capacity import ServiceTime
 from flexirl.workloads.config import from_config
 from flexirl.workloads.scenario import ServiceTime as ServiceTimeFunction
 from flexirl.workloads.statistics import gap_cv, index_of_dispersion, peak_to_mean

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from toys import decision_with
 
-from flexirl.runtime.block_table import BlockTable, check_blocks, reconcile
-from flexirl.runtime.engine import EngineProfile
-from flexirl.runtime.executor import Batch, Interrupted, Moves, Outcome, OutOfMemory
-from flexirl.runtime.host_cache import HostCache
-from flexirl.runtime.invariants import check_invariants
-from flexirl.runtime.live import LiveEngine
-from flexirl.runtime.policy import View
-from flexirl.runtime.requests import Completion
-from flexirl.runtime.state import SCORE, default_decision
+from flexirl.policies.interface.policy import View
+from flexirl.runtime.live.block_table import BlockTable, check_blocks, reconcile
+from flexirl.runtime.live.engine import LiveEngine
+from flexirl.runtime.live.executor import Batch, Interrupted, Moves, Outcome, OutOfMemory
+from flexirl.runtime.live.requests import Completion
+from flexirl.runtime.models.host_cache import HostCache
+from flexirl.runtime.profile.engine import EngineProfile
+from flexirl.runtime.scheduler.invariants import check_invariants
+from flexirl.runtime.scheduler.state import SCORE, default_decision
 from flexirl.workloads.scenario import SLO
 
 VOCAB, END = 40, 39

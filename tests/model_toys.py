@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from toys import toy_engine
 
-from flexirl.runtime.executor import Batch, Outcome
-from flexirl.runtime.host_cache import HostCache
+from flexirl.runtime.live.executor import Batch, Outcome
+from flexirl.runtime.live.requests import Request
 from flexirl.runtime.models.executor import ModelExecutor
+from flexirl.runtime.models.host_cache import HostCache
 from flexirl.runtime.models.loading import LoadedModel
 from flexirl.runtime.models.tiny import SHAPES
-from flexirl.runtime.requests import Request
 
 # Smaller than the tiny models, with the same proportions; Mistral's window is shorter than most sequences.
 SMALL: dict[str, Any] = {

@@ -15,7 +15,7 @@ from programs import run
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from flexirl import generate
-from flexirl.program import run_program
+from flexirl.experiments.program import run_program
 from flexirl.runtime.models.tiny import tiny_model
 
 FIELDS = {"id", "token_ids", "text", "finish_reason", "ttft_s", "e2e_s", "preemptions"}

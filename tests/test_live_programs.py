@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from programs import error, run
 
-from flexirl.runtime.engine import load_profile
+from flexirl.runtime.profile.engine import load_profile
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from programs import error, run
 from stable_baselines3.common.save_util import load_from_zip_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flexirl.runtime.engine import load_profile, save_profile
+from flexirl.runtime.profile.engine import load_profile, save_profile
 
 EPISODE = ("workload.duration_s=20", "workload.warmup_s=2")
 SMALL = (*EPISODE, "env.members=8", "env.group_size=4", "env.traces=4", "total_steps=4096", "validation.members=2",
@@ -174,7 +174,7 @@ def test_evaluating_bad_input(tmp_path: Path, arguments: tuple[str, ...], messag
 
 
 @pytest.mark.parametrize(
-    "name", ["train", "evaluate", "workload", "validate", "calibrate", "generate", "bench", "bench_live", "benchmark"]
+    "name", ["train", "evaluate", "workload", "validate", "calibrate", "generate", "bench", "benchmark"]
 )
 def test_programs_explain_themselves(tmp_path: Path, name: str) -> None:
     ran = run(tmp_path, name, "--help")

@@ -13,8 +13,8 @@ import pytest
 
 from flexirl.errors import UserError
 from flexirl.policies.registry import make_policy
-from flexirl.runtime.operators import fit_profile
-from flexirl.runtime.replay import Record, Served, replay
+from flexirl.runtime.fitting.operators import fit_profile
+from flexirl.runtime.fitting.replay import Record, Served, replay
 from flexirl.validate import compare
 
 ROOT = Path(__file__).parents[1]

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from flexirl.runtime import simulation, surrogate
-from flexirl.runtime.engine import EngineProfile, make_profile
-from flexirl.runtime.state import FUTURE, RUNNING, WAITING, State, default_decision
+from flexirl.runtime.profile.engine import EngineProfile, make_profile
+from flexirl.runtime.scheduler.state import FUTURE, RUNNING, WAITING, State, default_decision
+from flexirl.runtime.simulator import simulation, surrogate
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE, Trace, empty_rows
 
 TICK_S = 2.0**-10

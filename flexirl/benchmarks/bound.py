@@ -31,9 +31,9 @@ from scipy.optimize import linprog
 from scipy.sparse import csr_array
 
 from flexirl.envs.fleet import Task
-from flexirl.runtime.accounts import Prices
-from flexirl.runtime.engine import EngineProfile
-from flexirl.runtime.step_time import BATCH, step_time
+from flexirl.runtime.profile.engine import EngineProfile
+from flexirl.runtime.profile.step_time import BATCH, step_time
+from flexirl.runtime.scheduler.accounts import Prices
 from flexirl.workloads.trace import IMMEDIATE, Trace
 
 BINS = 50

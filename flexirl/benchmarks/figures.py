@@ -10,8 +10,15 @@ from matplotlib.figure import Figure
 from flexirl.benchmarks import statistics
 from flexirl.benchmarks.results import Benchmark
 from flexirl.benchmarks.statistics import Scores
-from flexirl.evaluation import Row
-from flexirl.plots import DEFERRED_COLOUR, IMMEDIATE_COLOUR, NEUTRAL, label_points, new_figure, timeline_figure
+from flexirl.experiments.comparison import Row
+from flexirl.experiments.plots import (
+    DEFERRED_COLOUR,
+    IMMEDIATE_COLOUR,
+    NEUTRAL,
+    label_points,
+    new_figure,
+    timeline_figure,
+)
 
 # As many colours as there are rules, in three lightnesses, so that neighbours differ in print too.
 PALETTE = (

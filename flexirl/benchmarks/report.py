@@ -20,7 +20,7 @@ from flexirl.benchmarks import statistics
 from flexirl.benchmarks.figures import all_figures
 from flexirl.benchmarks.results import Benchmark, write_results, write_table
 from flexirl.benchmarks.statistics import Scores, Sensitivity
-from flexirl.evaluation import Row
+from flexirl.experiments.comparison import Row
 
 REFERENCE = "immediate_only"  # for the study of distributions: the engine itself, with no rule for deferred work
 SENSITIVE = ("ttft_mean_s", "ttft_p99_s", "tpot_mean_s", "tpot_p99_s", "prompt_tokens_per_s", "output_tokens_per_s")

@@ -11,7 +11,7 @@ from typing import Any
 
 from flexirl.benchmarks.runs import UPPER_BOUND, Job, Result
 from flexirl.benchmarks.suites import Cell
-from flexirl.evaluation import Row, relate_to_anchors
+from flexirl.experiments.comparison import Row, relate_to_anchors
 
 
 @dataclass(frozen=True)

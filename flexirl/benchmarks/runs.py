@@ -21,20 +21,20 @@ from tqdm import tqdm
 import flexirl
 from flexirl.benchmarks.bound import upper_bound
 from flexirl.benchmarks.suites import Cell, composed
-from flexirl.configured import load_task
-from flexirl.evaluation import TuningEpisodes, episodes, row_of, run_policy
+from flexirl.experiments.comparison import TuningEpisodes, episodes, row_of, run_policy
+from flexirl.experiments.configuration import load_task
 from flexirl.policies.heuristics.tuning import tune
 from flexirl.policies.registry import HEURISTICS, load_policy_spec, make_policy
-from flexirl.runtime.accounts import latencies
-from flexirl.runtime.simulation import Run
+from flexirl.runtime.scheduler.accounts import latencies
+from flexirl.runtime.simulator.simulation import Run
 from flexirl.workloads.trace import IMMEDIATE
 
 UPPER_BOUND = "upper_bound"  # in the place of a policy: the most that any could earn
 TIMELINE_ROWS, SERIES_BINS = 300, 30
 PACKAGE = Path(flexirl.__file__).parent
 # What a run's figures follow from, beside its configuration.
-SOURCES = ("envs", "policies", "runtime", "workloads", "benchmarks/runs.py", "evaluation.py", "configured.py")
-BOUND_SOURCES = ("runtime", "workloads", "benchmarks/bound.py", "benchmarks/runs.py", "configured.py")
+SOURCES = ("envs", "policies", "runtime", "workloads", "benchmarks/runs.py", "experiments")
+BOUND_SOURCES = (*SOURCES, "benchmarks/bound.py")
 
 Result = dict[str, Any]
 

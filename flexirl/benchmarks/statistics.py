@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from flexirl.evaluation import ANCHORS, Row
+from flexirl.experiments.comparison import ANCHORS, Row
 
 RESAMPLES, INTERVAL = 2000, (2.5, 97.5)
 KEPT = 0.99  # attainment that counts as keeping the promise

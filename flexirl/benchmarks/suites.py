@@ -15,8 +15,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from flexirl.configured import CONF, count_of, load_task
 from flexirl.errors import UserError
+from flexirl.experiments.configuration import CONF, count_of, load_task
 
 TRACE_SUFFIXES = (".csv", ".csv.gz", ".jsonl")
 SHORTEST_WARMUP = 0.1  # of the length of a trace that is shorter than a scenario

@@ -9,16 +9,17 @@ import numpy as np
 
 from flexirl.envs.fleet import Fleet
 from flexirl.envs.vector import spaces
-from flexirl.runtime.simulation import TIMELINE, timeline_row
+from flexirl.runtime.simulator.simulation import TIMELINE, timeline_row
 
 
 class BatchingEnv(gym.Env[np.ndarray, Any]):
     """An engine that serves immediate and deferred requests of a scenario: a surrogate one, or, of a `LiveFleet`, live.
 
-    Observation: `flexirl.envs.observation.TABLE` (and `REQUEST_TABLE` per visible request with `action="scores"`).
-    Action: `flexirl.envs.action.DIALS` in [-1, 1]; with `action="grid"` one of `GRID`; with `action="scores"` one score
-    per visible request. Reward: of the task, per decision interval. An episode never terminates; it is truncated after
-    the scenario's duration. `info` is empty until the end, where it holds the episode's `figures`.
+    Observation: `TABLE` of `flexirl.policies.interface.observation` (and `REQUEST_TABLE` per visible request with
+    `action="scores"`). Action: `DIALS` of `flexirl.policies.interface.action` in [-1, 1]; with `action="grid"` one of
+    `GRID`; with `action="scores"` one score per visible request. Reward: of the task, per decision interval. An episode
+    never terminates; it is truncated after the scenario's duration. `info` is empty until the end, where it holds the
+    episode's `figures`.
     """
 
     metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 5}  # noqa: RUF012
@@ -54,7 +55,7 @@ class BatchingEnv(gym.Env[np.ndarray, Any]):
 
     def render(self) -> np.ndarray | None:
         """The episode so far as a picture of queues, KV cache and batch: uint8 (height, width, 3), or a window."""
-        from flexirl.plots import timeline_figure
+        from flexirl.experiments.plots import timeline_figure
 
         figure = timeline_figure(np.array(self._timeline, TIMELINE), self.task.scenario.name)
         if self.render_mode == "human":

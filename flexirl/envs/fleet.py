@@ -14,19 +14,19 @@ from dataclasses import dataclass, field
 import numba as nb
 import numpy as np
 
-from flexirl.envs import action as actions
-from flexirl.envs.action import ORDERS
-from flexirl.envs.observation import MEMORY, PROMISE, VISIBLE, bounds, observe
 from flexirl.envs.reward import REWARD, Reward
 from flexirl.errors import UserError
-from flexirl.runtime import surrogate
-from flexirl.runtime.accounts import Prices
-from flexirl.runtime.borrow import borrow
-from flexirl.runtime.capacity import ServiceTime
-from flexirl.runtime.engine import EngineProfile
-from flexirl.runtime.simulation import promises_by_due_time
-from flexirl.runtime.state import CLASS, State, new_states
-from flexirl.runtime.step_time import BATCH
+from flexirl.policies.interface import action as actions
+from flexirl.policies.interface.action import ORDERS
+from flexirl.policies.interface.observation import MEMORY, PROMISE, VISIBLE, bounds, observe
+from flexirl.runtime.profile.capacity import ServiceTime
+from flexirl.runtime.profile.engine import EngineProfile
+from flexirl.runtime.profile.step_time import BATCH
+from flexirl.runtime.scheduler.accounts import Prices
+from flexirl.runtime.scheduler.borrow import borrow
+from flexirl.runtime.scheduler.state import CLASS, State, new_states
+from flexirl.runtime.simulator import surrogate
+from flexirl.runtime.simulator.simulation import promises_by_due_time
 from flexirl.workloads.scenario import SLO, Scenario
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE, TRACE_ROW, Trace
 

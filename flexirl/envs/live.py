@@ -12,12 +12,12 @@ from dataclasses import replace
 import numpy as np
 
 from flexirl.envs.fleet import Fleet, Task, begin_interval, end_interval, observe_member
-from flexirl.runtime.clock import Clock, VirtualClock, WallClock
-from flexirl.runtime.executor import Executor
-from flexirl.runtime.live import LiveEngine
-from flexirl.runtime.live_run import add_trace
-from flexirl.runtime.policy import View
-from flexirl.runtime.state import State
+from flexirl.policies.interface.policy import View
+from flexirl.runtime.live.clock import Clock, VirtualClock, WallClock
+from flexirl.runtime.live.engine import LiveEngine
+from flexirl.runtime.live.executor import Executor
+from flexirl.runtime.live.run import add_trace
+from flexirl.runtime.scheduler.state import State
 from flexirl.workloads.trace import Trace
 
 CLOCKS: dict[str, Callable[[], Clock]] = {"virtual": VirtualClock, "wall": WallClock}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flexirl.runtime.accounts import Prices
+from flexirl.runtime.scheduler.accounts import Prices
 
 REWARD = np.dtype(
     [

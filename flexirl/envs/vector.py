@@ -11,8 +11,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from stable_baselines3.common.vec_env import VecEnv
 
-from flexirl.envs.action import GRID
 from flexirl.envs.fleet import Fleet, Task
+from flexirl.policies.interface.action import GRID
 
 
 def spaces(fleet: Fleet) -> tuple[gym.spaces.Box, gym.Space[Any]]:

@@ -1,1 +1,5 @@
-"""Policies: the rules written by hand, the learned ones, and how both are made from a name."""
+"""Policies: what passes between them and an engine, rules written by hand, trained ones, and how those are trained."""
+
+from flexirl import compile_cache
+
+compile_cache.install()

@@ -23,7 +23,7 @@ from flexirl.policies.heuristics.sarathi import Sarathi
 from flexirl.policies.heuristics.sglang import SGLang
 from flexirl.policies.heuristics.vllm import VllmFcfs, VllmPriority
 from flexirl.policies.heuristics.vtc import Vtc
-from flexirl.runtime.policy import Policy
+from flexirl.policies.interface.policy import Policy
 
 HEURISTICS: dict[str, type[Heuristic]] = {
     rule.name: rule
@@ -33,7 +33,7 @@ HEURISTICS: dict[str, type[Heuristic]] = {
     )
 }  # fmt: skip
 # The network that comes with the package: trained on many scenarios, for use without training (`make pretrained`).
-PRETRAINED, PRETRAINED_FILE = "pretrained", Path(__file__).resolve().parent / "pretrained.onnx"
+PRETRAINED, PRETRAINED_FILE = "pretrained", Path(__file__).resolve().parent / "deploy" / "pretrained.onnx"
 _NETWORK_KNOBS = {"fallback": "str", "time_limit_s": "float | None"}  # of `conf/policy/file.yaml`
 _SPECS = Path(__file__).resolve().parent.parent / "conf" / "policy"
 
@@ -51,7 +51,7 @@ def make_policy(name_or_path: str, knobs: Mapping[str, Any] | None = None) -> Po
     path = str(PRETRAINED_FILE) if name_or_path == PRETRAINED else name_or_path
     if path.endswith(".onnx"):
         # Only a learned policy needs the network's runtime, which takes long to import.
-        from flexirl.policies.learned import load_policy
+        from flexirl.policies.deploy.learned import load_policy
 
         return load_policy(path, **_checked(name_or_path, _NETWORK_KNOBS, knobs or {}))
     if name_or_path not in HEURISTICS:

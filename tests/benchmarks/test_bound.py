@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from toys import TICK_S, deferred, immediate, toy_engine, toy_trace
 
 from flexirl.benchmarks.bound import revenue_bound, token_cost_hull
-from flexirl.envs.action import NUM_DIALS
+from flexirl.policies.interface.action import NUM_DIALS
 from flexirl.policies.registry import make_policy, policy_names
-from flexirl.runtime.accounts import Prices
-from flexirl.runtime.engine import EngineProfile, load_profile, profile_names
-from flexirl.runtime.simulation import simulate
-from flexirl.runtime.step_time import BATCH, step_time
+from flexirl.runtime.profile.engine import EngineProfile, load_profile, profile_names
+from flexirl.runtime.profile.step_time import BATCH, step_time
+from flexirl.runtime.scheduler.accounts import Prices
+from flexirl.runtime.simulator.simulation import simulate
 from flexirl.workloads.scenario import SLO
 from flexirl.workloads.trace import DEFERRED, Trace
 

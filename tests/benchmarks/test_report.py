@@ -17,8 +17,8 @@ from flexirl.benchmarks.results import Benchmark, collect
 from flexirl.benchmarks.runs import UPPER_BOUND, Job
 from flexirl.benchmarks.statistics import Sensitivity, revenue_scores
 from flexirl.benchmarks.suites import Cell
-from flexirl.runtime.accounts import PERCENTILES
-from flexirl.runtime.simulation import TIMELINE
+from flexirl.runtime.scheduler.accounts import PERCENTILES
+from flexirl.runtime.simulator.simulation import TIMELINE
 
 STRENGTH = {"good": 0.9, "bad": 0.5, "immediate_only": 0.6, "deferred_only": 0.2}
 

@@ -14,8 +14,8 @@ from flexirl.benchmarks import runs
 from flexirl.benchmarks.results import collect
 from flexirl.benchmarks.runs import UPPER_BOUND, Job, Result, run_all
 from flexirl.benchmarks.suites import Cell, composed
-from flexirl.configured import load_task
-from flexirl.evaluation import compare
+from flexirl.experiments.comparison import compare
+from flexirl.experiments.configuration import load_task
 
 SHORT = ("workload=poisson", "workload.duration_s=10", "workload.warmup_s=1")
 CELL = Cell("mine", {"load": 0.5}, (*SHORT, "workload.load=0.5"), 2)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flexirl.benchmarks import statistics
-from flexirl.evaluation import Row
+from flexirl.experiments.comparison import Row
 
 
 def row(policy: str, scenario: str, seed: int, revenue: float, suite: str = "s", **more: object) -> Row:

@@ -10,8 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from flexirl.benchmarks.suites import Cell, composed, expand, suite_names
-from flexirl.configured import CONF, load_task
 from flexirl.errors import UserError
+from flexirl.experiments.configuration import CONF, load_task
 
 COUNTS = {
     "bursts": 3 * 5, "deadlines": 2 * 3, "distributions": (5 * 5 + 4) * 5, "overload": 4 + 4, "quick": 7 * 2,

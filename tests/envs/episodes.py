@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from flexirl.envs.action import GRID
 from flexirl.envs.fleet import Task
 from flexirl.envs.reward import Reward
-from flexirl.runtime.engine import EngineProfile, load_profile
+from flexirl.policies.interface.action import GRID
+from flexirl.runtime.profile.engine import EngineProfile, load_profile
 from flexirl.workloads.scenario import SLO, Rngs, Scenario, ServiceTime
 from flexirl.workloads.trace import empty_rows
 

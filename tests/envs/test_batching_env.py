@@ -10,9 +10,9 @@ from gymnasium.utils.env_checker import check_env as gymnasium_check
 from stable_baselines3.common.env_checker import check_env as sb3_check
 
 import flexirl  # noqa: F401 - registers the environment
-from flexirl.envs.action import NUM_DIALS
 from flexirl.envs.batching import BatchingEnv
 from flexirl.envs.fleet import Fleet
+from flexirl.policies.interface.action import NUM_DIALS
 
 KINDS = ("dials", "grid", "scores")
 SHORT = ["workload.duration_s=5", "workload.warmup_s=0"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flexirl.envs.action import DIALS
-from flexirl.envs.observation import REQUEST_TABLE, TABLE
+from flexirl.policies.interface.action import DIALS
+from flexirl.policies.interface.observation import REQUEST_TABLE, TABLE
 
 PAGE = (Path(__file__).parents[2] / "docs" / "environment.md").read_text()
 

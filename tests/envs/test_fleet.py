@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from episodes import LATENCY, Requests, random_actions, small_engine, small_task
 
-from flexirl.envs.action import NUM_DIALS
 from flexirl.envs.fleet import Fleet, Task
 from flexirl.errors import UserError
-from flexirl.runtime.invariants import check_invariants
+from flexirl.policies.interface.action import NUM_DIALS
+from flexirl.runtime.scheduler.invariants import check_invariants
 from flexirl.workloads.scenario import SLO
 
 

@@ -17,16 +17,16 @@ from stable_baselines3.common.env_checker import check_env as sb3_check
 from toys import TICK_S, toy_engine
 
 import flexirl  # noqa: F401 - registers the environments
-from flexirl.envs.action import NUM_DIALS
 from flexirl.envs.batching import BatchingEnv
 from flexirl.envs.fleet import Fleet, Task
 from flexirl.envs.live import LiveFleet
 from flexirl.envs.vector import BatchingVecEnv
 from flexirl.errors import UserError
-from flexirl.runtime.clock import WallClock
-from flexirl.runtime.engine import EngineProfile
-from flexirl.runtime.executor import Batch, Outcome
-from flexirl.runtime.step_time import step_time
+from flexirl.policies.interface.action import NUM_DIALS
+from flexirl.runtime.live.clock import WallClock
+from flexirl.runtime.live.executor import Batch, Outcome
+from flexirl.runtime.profile.engine import EngineProfile
+from flexirl.runtime.profile.step_time import step_time
 from flexirl.workloads.scenario import SLO, Rngs, Scenario, ServiceTime
 
 INTERVAL_S = 0.25

@@ -13,10 +13,10 @@ from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_suppo
 from stable_baselines3 import PPO
 from stable_baselines3.common.monitor import Monitor
 
-from flexirl.envs.action import NUM_DIALS, PREEMPTS
 from flexirl.envs.batching import BatchingEnv
 from flexirl.envs.fleet import Fleet
 from flexirl.envs.vector import BatchingVecEnv, BatchingVectorEnv
+from flexirl.policies.interface.action import NUM_DIALS, PREEMPTS
 from flexirl.workloads.trace import DEFERRED
 
 STEPS = 40  # of an episode of `small_task`

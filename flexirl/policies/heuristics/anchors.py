@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexirl.policies.heuristics.base import Heuristic
-from flexirl.runtime.policy import View
-from flexirl.runtime.state import ARRIVAL, DEADLINE, ONE_QUEUE, SCORE
+from flexirl.policies.interface.policy import View
+from flexirl.runtime.scheduler.state import ARRIVAL, DEADLINE, ONE_QUEUE, SCORE
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flexirl.errors import UserError
-from flexirl.runtime.policy import View
-from flexirl.runtime.state import DEADLINE, default_decision
-from flexirl.runtime.step_time import BATCH, step_time
+from flexirl.policies.interface.policy import View
+from flexirl.runtime.profile.step_time import BATCH, step_time
+from flexirl.runtime.scheduler.state import DEADLINE, default_decision
 from flexirl.workloads.scenario import SLO
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 

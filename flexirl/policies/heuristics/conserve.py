@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexirl.policies.heuristics.base import ChunkedPrefill, require
-from flexirl.runtime.policy import View
-from flexirl.runtime.state import CHEAPER, CLASSES
+from flexirl.policies.interface.policy import View
+from flexirl.runtime.scheduler.state import CHEAPER, CLASSES
 from flexirl.workloads.trace import IMMEDIATE
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexirl.policies.heuristics.base import ChunkedPrefill, deferred_head_first
-from flexirl.runtime.policy import View
-from flexirl.runtime.state import CLASSES, DEADLINE, ONE_QUEUE
+from flexirl.policies.interface.policy import View
+from flexirl.runtime.scheduler.state import CLASSES, DEADLINE, ONE_QUEUE
 
 
 @dataclass(frozen=True)

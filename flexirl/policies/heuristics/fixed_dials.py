@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flexirl.envs.action import DIALS, decision_from_dials
 from flexirl.policies.heuristics.base import Heuristic, require
-from flexirl.runtime.policy import View
+from flexirl.policies.interface.action import DIALS, decision_from_dials
+from flexirl.policies.interface.policy import View
 
 
 @dataclass(frozen=True)

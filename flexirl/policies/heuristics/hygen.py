@@ -18,8 +18,8 @@ import numpy as np
 
 from flexirl.errors import UserError
 from flexirl.policies.heuristics.base import ChunkedPrefill, require
-from flexirl.runtime.policy import View
-from flexirl.runtime.state import CLASSES
+from flexirl.policies.interface.policy import View
+from flexirl.runtime.scheduler.state import CLASSES
 
 
 @dataclass(frozen=True)

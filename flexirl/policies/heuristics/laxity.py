@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flexirl.policies.heuristics.base import ChunkedPrefill, require
-from flexirl.runtime.policy import View
-from flexirl.runtime.state import CLASSES, DEADLINE, FINISHED, RUNNING, WAITING
+from flexirl.policies.interface.policy import View
+from flexirl.runtime.scheduler.state import CLASSES, DEADLINE, FINISHED, RUNNING, WAITING
 from flexirl.workloads.trace import DEFERRED
 
 MEMORY = np.dtype([("revised_s", "f8"), ("tokens", "i8"), ("rate", "f8")])

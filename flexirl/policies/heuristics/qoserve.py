@@ -27,9 +27,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flexirl.policies.heuristics.base import Heuristic, deferred_head_first, require
-from flexirl.runtime.policy import View
-from flexirl.runtime.state import CLASSES, DEADLINE, FINISHED, ONE_QUEUE, SHORTEST, WAITING
-from flexirl.runtime.step_time import prefill_slope
+from flexirl.policies.interface.policy import View
+from flexirl.runtime.profile.step_time import prefill_slope
+from flexirl.runtime.scheduler.state import CLASSES, DEADLINE, FINISHED, ONE_QUEUE, SHORTEST, WAITING
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 MEMORY = np.dtype([("revised_s", "f8"), ("most_waiting_tokens", "i8")])

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flexirl.policies.heuristics.base import ChunkedPrefill, require
-from flexirl.runtime.policy import View
-from flexirl.runtime.state import LEAST_OUTPUT, ONE_QUEUE, PRIORITY, RECOMPUTE
+from flexirl.policies.interface.policy import View
+from flexirl.runtime.scheduler.state import LEAST_OUTPUT, ONE_QUEUE, PRIORITY, RECOMPUTE
 
 
 @dataclass(frozen=True)

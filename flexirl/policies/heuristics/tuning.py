@@ -15,7 +15,7 @@ import numpy as np
 
 from flexirl.policies.heuristics.fixed_dials import FixedDials
 from flexirl.policies.heuristics.hygen import HyGen
-from flexirl.runtime.policy import Policy
+from flexirl.policies.interface.policy import Policy
 from flexirl.workloads.scenario import SLO
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexirl.policies.heuristics.base import ChunkedPrefill
-from flexirl.runtime.policy import View
-from flexirl.runtime.state import CLASSES, FAIR, ONE_QUEUE
+from flexirl.policies.interface.policy import View
+from flexirl.runtime.scheduler.state import CLASSES, FAIR, ONE_QUEUE
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from flexirl.runtime.kernels.optional_triton import power_of_two
 from flexirl.runtime.kernels.ragged import ramps
 
 # Costs are counted in cached positions that a short item reads: 15 ns of a multiprocessor's share of an H200's memory
-# bandwidth at 128 dimensions. They are estimates; `flexirl.bench_kernels` shows what they lead to.
+# bandwidth at 128 dimensions. They are estimates; `flexirl.benches.kernels` shows what they lead to.
 SHORT_START = 128.0  # first loads that nothing hides, queries in, result out
 LONG_START = 640.0  # the same, and partial results of 128 rows written and read back
 LONG_POSITION = 1.5  # 65 kFLOP at about 3 TFLOP/s, what a multiprocessor sustains

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from flexirl.runtime.executor import Interrupted
 from flexirl.runtime.kernels import AttentionBatch, paged_attention, rotary_write_kv, write_kv
+from flexirl.runtime.live.executor import Interrupted
 
 NAME = "flexirl_paged"
 Rotation = tuple[Tensor, Tensor]  # cosines and sines of a rotary embedding, each (T, dim), both halves alike

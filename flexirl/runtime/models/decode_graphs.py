@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexirl.runtime.executor import Batch
 from flexirl.runtime.kernels import AttentionBatch
+from flexirl.runtime.live.executor import Batch
 
 # Logits (size, vocabulary) of int64 tokens, positions and slots (size,), in a batch planned for attention.
 Forward = Callable[[Tensor, Tensor, Tensor, AttentionBatch], Tensor]

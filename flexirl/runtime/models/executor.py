@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from flexirl.errors import UserError
-from flexirl.runtime.engine import EngineProfile
-from flexirl.runtime.executor import Batch, Interrupted, Moves, Outcome, OutOfMemory
-from flexirl.runtime.host_cache import HostCache
 from flexirl.runtime.kernels import AttentionBatch, plan_attention
-from flexirl.runtime.kv_cache import blocks_for
+from flexirl.runtime.live.executor import Batch, Interrupted, Moves, Outcome, OutOfMemory
+from flexirl.runtime.live.requests import Image, Request
+from flexirl.runtime.live.sampling import Logprobs, choose, likeliest, log_probabilities
 from flexirl.runtime.models.attention import PagedIteration
 from flexirl.runtime.models.decode_graphs import Capture, DecodeGraphs, capture_graph
+from flexirl.runtime.models.host_cache import HostCache
 from flexirl.runtime.models.images import ImageTable, Pictured
 from flexirl.runtime.models.loading import LoadedModel, total_memory
-from flexirl.runtime.requests import Image, Request
-from flexirl.runtime.sampling import Logprobs, choose, likeliest, log_probabilities
+from flexirl.runtime.profile.engine import EngineProfile
+from flexirl.runtime.scheduler.kv_cache import blocks_for
 
 _LOG = logging.getLogger(__name__)
 

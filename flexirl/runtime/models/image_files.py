@@ -9,8 +9,8 @@ import PIL.Image
 from transformers import AutoImageProcessor
 
 from flexirl.errors import UserError
+from flexirl.runtime.live.requests import Image
 from flexirl.runtime.models.vision import Vision
-from flexirl.runtime.requests import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # others that Pillow knows may start programs to be read
 

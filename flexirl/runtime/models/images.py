@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexirl.runtime.executor import Batch
+from flexirl.runtime.live.executor import Batch
+from flexirl.runtime.live.requests import Image
 from flexirl.runtime.models.vision import Vision
-from flexirl.runtime.requests import Image
 
 
 @dataclass

@@ -29,12 +29,12 @@ from transformers.utils import logging as transformers_logging
 
 from flexirl.errors import UserError
 from flexirl.runtime.kernels import plan_attention
-from flexirl.runtime.kv_cache import blocks_for
 from flexirl.runtime.models.attention import NAME, PagedIteration, Rotation, Unsupported
 from flexirl.runtime.models.fusing import fuse
 from flexirl.runtime.models.image_files import ImageFiles
 from flexirl.runtime.models.tiny import SHAPES, tiny_model
 from flexirl.runtime.models.vision import FAMILIES, Vision
+from flexirl.runtime.scheduler.kv_cache import blocks_for
 
 _PROBE_TOKENS, _PROBE_BLOCK, _PROBE_IMAGE = 40, 16, (17, 23)  # the image is cut by the end of the first iteration
 # Largest distance between two ways to compute the same logits, relative to their length.

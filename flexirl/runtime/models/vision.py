@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flexirl.errors import UserError
-from flexirl.runtime.requests import Image, Request
+from flexirl.runtime.live.requests import Image, Request
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 

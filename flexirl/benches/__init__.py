@@ -1,0 +1,1 @@
+"""Speeds, as ratios where there is a peer: `make bench`."""

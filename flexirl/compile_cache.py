@@ -1,0 +1,151 @@
+"""Where compiled functions are kept between runs: one folder per installation, whose files are renewed in place.
+
+Numba takes a cached function for stale when the time of its own file changes, which a comment does and a change in a
+function that it calls does not. Here it is stale when the code changes, comments and docstrings apart, of its own file
+or of any file of the package that this one imports, however indirectly.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numba
+from numba.core.caching import CacheImpl, _CacheLocator
+
+PACKAGE = Path(__file__).resolve().parent
+_DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+class Source(NamedTuple):
+    """A file: when it was read (ns) and its size (bytes), a hash of its code, the package's modules it imports."""
+
+    time_ns: int
+    size: int
+    digest: str
+    imports: list[str]
+
+
+def folder() -> Path:
+    """Where this installation's compiled functions lie: below NUMBA_CACHE_DIR if that is set, else the user's cache."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flexirl"
+    place = hashlib.sha256(str(PACKAGE).encode()).hexdigest()[:12]
+    return Path(numba.config.CACHE_DIR or home) / place  # type: ignore[attr-defined]
+
+
+def read_source(path: Path, package: Path = PACKAGE) -> Source:
+    """Reads and parses a file of the package."""
+    stat = path.stat()
+    tree = ast.parse(path.read_bytes())
+    imports: list[str] = []
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == package.name:
+            imports += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            imports += [alias.name for alias in node.names if alias.name.split(".")[0] == package.name]
+    for part in ast.walk(tree):
+        if isinstance(part, _DEFINITIONS) and ast.get_docstring(part, clean=False) is not None:
+            del part.body[0]
+    digest = hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    return Source(stat.st_mtime_ns, stat.st_size, digest, imports)
+
+
+class Sources:
+    """The package's files; what was read of those that have not changed is remembered in a file."""
+
+    def __init__(self, remembered: Path, package: Path = PACKAGE) -> None:
+        self._remembered = remembered
+        self._package = package
+        self._known: dict[str, Source] = {}
+        self._fresh: dict[str, Source] = {}
+        try:
+            document = json.loads(remembered.read_text())
+            self._known = {name: Source(*fields) for name, fields in document.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            pass  # none yet, or half a file: it is written anew
+
+    def stamp(self, module: str) -> str:
+        """A hash of the code of a module (dotted, with the package's name) and of all it imports of the package."""
+        seen: set[str] = set()
+        open_ = [module]
+        while open_:
+            name = open_.pop()
+            if name not in seen and (source := self._read(name)) is not None:
+                seen.add(name)
+                open_ += source.imports
+        parts = [f"{name} {self._fresh[name].digest}" for name in sorted(seen)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def _read(self, module: str) -> Source | None:
+        """The file of a module; None for names that are no module, and for packages, whose code nothing takes in."""
+        if module in self._fresh:
+            return self._fresh[module]
+        path = self._package.parent / (module.replace(".", "/") + ".py")
+        if not path.is_file():
+            return None
+        stat, known = path.stat(), self._known.get(module)
+        if known is not None and (known.time_ns, known.size) == (stat.st_mtime_ns, stat.st_size):
+            self._fresh[module] = known
+        else:
+            self._fresh[module] = read_source(path, self._package)
+            self._remember()
+        return self._fresh[module]
+
+    def _remember(self) -> None:
+        self._known |= self._fresh
+        try:
+            self._remembered.parent.mkdir(parents=True, exist_ok=True)
+            partly = self._remembered.with_suffix(f".{os.getpid()}")
+            partly.write_text(json.dumps(self._known))
+            partly.replace(self._remembered)
+        except OSError:
+            pass  # it is only slower without
+
+
+@cache
+def _sources() -> Sources:
+    return Sources(folder() / "sources.json")
+
+
+class Locator(_CacheLocator):
+    """Numba's question where the compiled form of a function lies and whether it is stale, answered for the package."""
+
+    def __init__(self, path: str) -> None:
+        self._py_file = path  # Numba asks for it by this name
+        inside = Path(path).resolve().relative_to(PACKAGE).with_suffix("")
+        self._module = ".".join((PACKAGE.name, *inside.parts))
+
+    def get_cache_path(self) -> str:
+        """One folder for all."""
+        return str(folder())
+
+    def get_source_stamp(self) -> str:
+        """See `Sources.stamp`."""
+        return _sources().stamp(self._module)
+
+    def get_disambiguator(self) -> str:
+        """Functions of one name in files of one name lie in different modules; lines they may change."""
+        return self._module
+
+    @classmethod
+    def from_function(cls, py_func: Any, py_file: str) -> Locator | None:
+        """None for functions of others, and where the folder cannot be written."""
+        if not Path(py_file).resolve().is_relative_to(PACKAGE):
+            return None
+        locator = cls(py_file)
+        try:
+            locator.ensure_cache_path()
+        except OSError:
+            return None
+        return locator
+
+
+def install() -> None:
+    """Makes Numba ask here first; called before any compiled function is defined."""
+    if Locator not in CacheImpl._locator_classes:
+        CacheImpl._locator_classes.insert(0, Locator)  # type: ignore[arg-type]

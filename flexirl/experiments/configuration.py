@@ -1,0 +1,177 @@
+"""Builds what the programs run on from their configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from flexirl.envs.batching import BatchingEnv
+from flexirl.envs.fleet import Fleet, Task
+from flexirl.envs.live import CLOCKS, LiveFleet
+from flexirl.envs.reward import Reward
+from flexirl.errors import UserError
+from flexirl.policies.interface.policy import Policy
+from flexirl.policies.registry import make_policy
+from flexirl.runtime.live.executor import Executor
+from flexirl.runtime.profile.engine import EngineProfile, load_profile
+from flexirl.runtime.profile.pace import at_pace
+from flexirl.runtime.scheduler.accounts import Prices
+from flexirl.workloads.config import from_config
+from flexirl.workloads.scenario import SLO
+
+if TYPE_CHECKING:
+    from flexirl.runtime.models.executor import ModelExecutor
+    from flexirl.runtime.models.loading import LoadedModel
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+def load_engine(config: DictConfig) -> EngineProfile:
+    """The engine of group `engine`: its profile at the pace given, with the figures that are not null replaced."""
+    known = ("profile", "pace")
+    changes = {str(name): value for name, value in config.items() if name not in known and value is not None}
+    pace = number(config.pace, "engine.pace")
+    if not pace > 0:
+        raise UserError(f"engine.pace={pace} is out of range; 2 is an engine whose iterations take twice as long.")
+    return at_pace(load_profile(config.profile), pace).replace(**changes)
+
+
+def load_executor(config: DictConfig) -> tuple[LoadedModel, ModelExecutor]:
+    """The model of `model`, `device` and `dtype`, and what runs it with the limits of group `engine`.
+
+    PyTorch computes on `threads` threads from here on. Raises UserError for what cannot be loaded or does not fit.
+    """
+    # Transformers takes seconds to import, which whoever mistyped an option need not wait for.
+    import torch
+
+    from flexirl.runtime.models.executor import ModelExecutor, fit_profile
+    from flexirl.runtime.models.loading import load_model
+
+    profile = load_engine(config.engine)
+    torch.set_num_threads(count_of(config.threads, "threads"))
+    model = load_model(config.model, config.device, config.dtype)
+    profile = fit_profile(model, profile, config.engine.kv_blocks, config.engine.host_kv_blocks)
+    return model, ModelExecutor(model, profile)
+
+
+def load_rule(config: DictConfig) -> Policy:
+    """The policy of group `policy`: a rule with its knobs, or the network in an .onnx file."""
+    knobs = {str(name): value for name, value in config.items() if name != "name"}
+    return make_policy(str(config.name), knobs)
+
+
+def load_slo(config: DictConfig) -> SLO:
+    """The promise of group `slo`."""
+    return SLO(number(config.ttft_s, "slo.ttft_s"), number(config.tpot_s, "slo.tpot_s"))
+
+
+def load_prices(config: DictConfig) -> Prices:
+    """The prices of group `slo`."""
+    return Prices(**{str(name): number(value, f"slo.prices.{name}") for name, value in config.prices.items()})
+
+
+def number(value: object, name: str) -> float:
+    """`value` as a float; raises UserError, naming the setting, for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UserError(f"{name}={value} is not a number.")
+    return float(value)
+
+
+def seed_of(value: object, name: str = "seed") -> int:
+    """`value` as a seed; raises UserError unless it is a whole number of 0 or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise UserError(f"{name}={value} is out of range; a seed is a whole number of 0 or more.")
+    return value
+
+
+def count_of(value: object, name: str, least: int = 1) -> int:
+    """`value` as a number of things; raises UserError unless it is a whole number of `least` or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{name}={value} is out of range; give a whole number of {least} or more.")
+    return value
+
+
+def names_of(value: object, name: str) -> list[str]:
+    """`value` as a list of names; raises UserError for a single one, whose letters would pass for names."""
+    if not isinstance(value, Sequence | ListConfig) or isinstance(value, str):
+        raise UserError(f"{name}={value} is not a list; write {name}='[{value}]'.")
+    return [str(entry) for entry in value]
+
+
+def load_task(config: DictConfig) -> Task:
+    """What is played, from groups `workload`, `engine`, `slo`, `reward` and `env`."""
+    env = config.env
+    return Task(
+        scenario=from_config(config.workload),
+        engine=load_engine(config.engine),
+        slo=load_slo(config.slo),
+        reward=Reward(**OmegaConf.to_container(config.reward, resolve=True)),  # type: ignore[arg-type]
+        prices=load_prices(config.slo),
+        interval_s=number(env.interval_s, "env.interval_s"),
+        action=env.action,
+        immediate_order=env.immediate_order,
+        deferred_order=env.deferred_order,
+    )
+
+
+def load_tasks(config: DictConfig) -> list[Task]:
+    """What is trained on: the task of `config`, or those of the mixture of group `mixture`."""
+    mixture = config.get("mixture")
+    if mixture is None:
+        return [load_task(config)]
+    return _mixed(config, range(count_of(mixture.tasks, "mixture.tasks")))
+
+
+def load_validation_tasks(config: DictConfig) -> list[Task]:
+    """As many tasks of the mixture as are validated on: those that come after the ones trained on."""
+    first = count_of(config.mixture.tasks, "mixture.tasks")
+    return _mixed(config, range(first, first + count_of(config.validation.members, "validation.members")))
+
+
+def _mixed(config: DictConfig, numbers: Iterable[int]) -> list[Task]:
+    """Task i of a mixture takes entry i of each of its axes, lists of overrides that are repeated as often as needed.
+
+    With lengths that have no common divisor, everything comes to meet everything.
+    """
+    axes = config.mixture.axes.values()
+    shared = OmegaConf.create({name: config[name] for name in ("env", "reward")})
+    tasks = []
+    for i in numbers:
+        overrides = [override for axis in axes for override in axis[i % len(axis)]]
+        tasks.append(load_task(OmegaConf.merge(_train_config(overrides), shared)))  # type: ignore[arg-type]
+    return tasks
+
+
+def make_batching_env(overrides: Sequence[str] = (), task: Task | None = None, **options: Any) -> BatchingEnv:
+    """Entry point of `flexirl/Batching-v0`: `task`, or that of `python -m flexirl.train` with these Hydra overrides."""
+    return BatchingEnv(Fleet(task or default_task(overrides), 1), **options)
+
+
+def make_live_env(overrides: Sequence[str] = (), **options: Any) -> BatchingEnv:
+    """Entry point of `flexirl/LiveBatching-v0`: the engine of `flexirl.train env=live` with these overrides."""
+    config = _train_config(["env=live", *overrides])
+    task = load_task(config)
+    return BatchingEnv(load_live_fleet(config, task, load_executor(config)[1]), **options)
+
+
+def load_live_fleet(config: DictConfig, task: Task, executor: Executor) -> LiveFleet:
+    """The task on a live engine, by the clock of group `env`."""
+    if config.env.clock not in CLOCKS:
+        raise UserError(f"env.clock={config.env.clock} is unknown; choose from {', '.join(CLOCKS)}.")
+    return LiveFleet(task, executor, CLOCKS[config.env.clock], count_of(config.env.traces, "env.traces"))
+
+
+def default_task(overrides: Sequence[str] = ()) -> Task:
+    """The task of `python -m flexirl.train` with these Hydra overrides."""
+    return load_task(_train_config(overrides))
+
+
+def _train_config(overrides: Sequence[str]) -> DictConfig:
+    GlobalHydra.instance().clear()  # where a program calls this, its own composition is over
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", list(overrides))

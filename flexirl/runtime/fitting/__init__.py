@@ -1,0 +1,1 @@
+"""Engine profiles from measurements: calibration, operator tables, recorded runs of other engines."""

@@ -1,0 +1,102 @@
+"""What computes a planned iteration: the protocol between the engine and its executor, and what passes between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from flexirl.runtime.live.requests import Image, Request
+from flexirl.runtime.live.sampling import Logprobs
+from flexirl.runtime.profile.engine import EngineProfile
+
+
+class Interrupted(Exception):
+    """The iteration was broken off between two layers; nothing of it counts."""
+
+
+class OutOfMemory(Exception):
+    """The iteration did not fit into memory; nothing of it counts."""
+
+
+class Batch(NamedTuple):
+    """An iteration's flattened batch: T tokens of N requests, S of which sample.
+
+    Views of memory that is filled anew for each iteration; an iteration of the same sizes comes as the same object.
+    """
+
+    tokens: np.ndarray  # int64 (T,)
+    positions: np.ndarray  # int64 (T,)
+    slots: np.ndarray  # int64 (T,): where keys and values go, block * block_size + offset
+    query_lens: np.ndarray  # int64 (N,)
+    context_lens: np.ndarray  # int64 (N,)
+    block_table: np.ndarray  # int32 (N, widest)
+    sampled_rows: np.ndarray  # int64 (S,): rows of the T tokens whose logits are wanted
+    draws: np.ndarray  # float64 (S,), uniform in (0, 1)
+    requests: np.ndarray  # int32 (N,): their places in the scheduler's table
+
+
+class Outcome(NamedTuple):
+    """What an iteration yields: int64 (S,) tokens, the log-probabilities asked for by row, seconds in the model."""
+
+    tokens: np.ndarray
+    logprobs: dict[int, Logprobs]
+    forward_s: float
+
+
+@dataclass(frozen=True)
+class Moves:
+    """What moves between device and host memory in one iteration: of each request, its device blocks in order.
+
+    out: preempted by swap, all its blocks; back: admitted again, all its blocks, of which the first `kept` are to stay
+    saved; save: further full blocks of a running request, those after the ones saved already.
+    """
+
+    out: dict[int, list[int]] = field(default_factory=dict)
+    back: dict[int, list[int]] = field(default_factory=dict)
+    kept: dict[int, int] = field(default_factory=dict)
+    save: dict[int, list[int]] = field(default_factory=dict)
+
+
+class Executor(Protocol):
+    """Holds keys and values and computes iterations. Requests are known by their place in the scheduler's table."""
+
+    profile: EngineProfile
+    vocab_size: int
+    end_tokens: tuple[int, ...]
+    image_token: int | None  # stands in a prompt for every token of an image; None: the model takes no images
+
+    @property
+    def free_host_blocks(self) -> int:
+        """Blocks of host memory that hold nothing."""
+        ...
+
+    def move(self, moves: Moves) -> dict[int, int]:
+        """Moves keys and values before an iteration; see `HostCache.move`."""
+        ...
+
+    def execute(self, batch: Batch, sampling: np.ndarray | None, interrupted: Callable[[], bool] | None) -> Outcome:
+        """Computes an iteration.
+
+        sampling: `SAMPLING` (S,), None if all take the most likely token and ask for nothing else. interrupted: asked
+        between two layers. Raises Interrupted if that says so, or OutOfMemory.
+        """
+        ...
+
+    def check_images(self, request: Request) -> int:
+        """Tokens of the prompt that stand for the request's images; raises UserError if it cannot take them."""
+        ...
+
+    def take_images(self, r: int, request: Request) -> None:
+        """Request r has images, which were checked."""
+        ...
+
+    def draw_image(self, tokens: int, rng: np.random.Generator) -> Image:
+        """A random image for which so many tokens stand; only where there is an `image_token`."""
+        ...
+
+    def forget(self, r: int) -> None:
+        """Request r has ended."""
+        ...

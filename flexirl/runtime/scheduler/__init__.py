@@ -1,0 +1,1 @@
+"""The mechanism, compiled: state, queues, KV cache, admission, composition, preemption, books, plan and commit."""

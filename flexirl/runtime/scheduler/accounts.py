@@ -1,0 +1,152 @@
+"""The accounts of a run: every figure of the leaderboard, from the scheduler's state at the end.
+
+Nothing is left out because it is still waiting: a request without its first token counts with the time it has waited
+so far, and as missed once its promise can no longer be kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from flexirl.runtime.scheduler.books import INPUT_SERVICE, OUTPUT_SERVICE
+from flexirl.runtime.scheduler.state import FINISHED, FUTURE, State, itl_bin_edges
+from flexirl.workloads.trace import DEFERRED, IMMEDIATE
+
+PERCENTILES = (50, 90, 95, 99)
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Price units per token; a deferred request pays `deferred` times what an immediate one does."""
+
+    prompt: float = 1.0
+    output: float = 4.0
+    deferred: float = 0.5
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """What each request (rows with request_class, prompt_tokens, output_tokens) pays if its promise is kept."""
+        full = self.prompt * rows["prompt_tokens"] + self.output * rows["output_tokens"]
+        return np.where(rows["request_class"] == DEFERRED, self.deferred, 1.0) * full
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The running totals at one moment, so that the accounts of a span are a difference."""
+
+    scheduler: np.ndarray
+    classes: np.ndarray
+    itl_histogram: np.ndarray
+
+    @classmethod
+    def of(cls, state: State) -> Snapshot:
+        """The totals now."""
+        return cls(state.scheduler.copy(), state.classes.copy(), state.itl_histogram.copy())
+
+
+def account(state: State, before: Snapshot, since_s: float, prices: Prices) -> dict[str, float | int | None]:
+    """The leaderboard's figures for the span from `since_s` to the state's clock.
+
+    Revenue counts the requests that finished in the span with their promise kept. Latencies and attainment count the
+    immediate requests that arrived in it. Seconds, tokens, and price units per second; None where nothing is defined.
+    """
+    end_s = float(state.scheduler["now_s"][0])
+    span_s = end_s - since_s
+    requests = state.requests[state.requests["status"] != FUTURE]
+    immediate = requests[(requests["request_class"] == IMMEDIATE) & (requests["arrival_s"] >= since_s)]
+    windowed = requests[(requests["request_class"] == DEFERRED) & np.isfinite(requests["deadline_s"])]
+
+    kept = (requests["status"] == FINISHED) & (requests["missed"] == 0)
+    paid = requests[kept & (requests["finish_s"] >= since_s)]
+    paid_immediate = paid[paid["request_class"] == IMMEDIATE]
+    goodput_tokens = paid_immediate["prompt_tokens"] + paid_immediate["output_tokens"]
+    deferred_now, deferred_before = state.classes[DEFERRED], before.classes[DEFERRED]
+    deferred_tokens = sum(int(deferred_now[name] - deferred_before[name]) for name in ("prompt_done", "output_done"))
+
+    tokens = {
+        name: int((state.classes[f"{name}_done"] - before.classes[f"{name}_done"]).sum())
+        for name in ("prompt", "output")
+    }
+
+    def total(name: str) -> float:
+        return (state.scheduler[name] - before.scheduler[name])[0].item()
+
+    iterations, busy_s = total("iterations"), total("busy_s")
+    ttft_s, tpot_s, e2e_s = latencies(immediate, end_s)
+    figures: dict[str, float | int | None] = {
+        "revenue_per_s": float(prices.of(paid).sum()) / span_s,
+        "immediate_attainment": _share_kept(immediate, end_s),
+        "immediate_goodput_tokens_per_s": float(goodput_tokens.sum()) / span_s,
+        "prompt_tokens_per_s": tokens["prompt"] / span_s,
+        "output_tokens_per_s": tokens["output"] / span_s,
+        "deferred_tokens_per_s": deferred_tokens / span_s,
+        "deferred_on_time": _share_kept(windowed, end_s),
+    }
+    for name, values in (("ttft", ttft_s), ("tpot", tpot_s)):
+        figures[f"{name}_mean_s"] = float(values.mean()) if len(values) else None
+        for p in PERCENTILES:
+            figures[f"{name}_p{p}_s"] = float(np.percentile(values, p)) if len(values) else None
+    figures["itl_p99_s"] = histogram_percentile(state.itl_histogram - before.itl_histogram, 99)
+    figures["e2e_p99_s"] = float(np.percentile(e2e_s, 99)) if len(e2e_s) else None
+    figures["preemptions"] = int((state.classes["preemptions"] - before.classes["preemptions"]).sum())
+    figures["recomputed_tokens"] = int(total("recomputed_tokens"))
+    figures["swapped_tokens"] = int(total("swapped_tokens"))
+    figures["kv_utilisation"] = total("kv_block_s") / (busy_s * int(state.engine["kv_blocks"][0])) if busy_s else 0.0
+    figures["step_time_mean_s"] = busy_s / iterations if iterations else None
+    figures["iterations"] = int(iterations)
+    figures["jain_fairness"] = jain_fairness(requests, len(state.tenants))
+    figures["simulated_s"] = span_s
+    return figures
+
+
+def latencies(requests: np.ndarray, end_s: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """TTFT, TPOT and end-to-end latency in seconds (float64 arrays; TPOT only of requests with a second token).
+
+    What has not happened by `end_s` counts as happening then, a lower bound: dropping it would flatter whoever lets
+    requests wait.
+    """
+    first_s = np.minimum(requests["first_token_s"], end_s)
+    finish_s = np.where(requests["status"] == FINISHED, requests["finish_s"], end_s)
+    further = np.where(requests["status"] == FINISHED, requests["output_tokens"], requests["generated"] + 1) - 1
+    timed = (requests["generated"] > 0) & (further > 0)
+    tpot_s = (finish_s[timed] - first_s[timed]) / further[timed]
+    return first_s - requests["arrival_s"], tpot_s, finish_s - requests["arrival_s"]
+
+
+def _share_kept(requests: np.ndarray, end_s: float) -> float | None:
+    """Share of the promises that were kept among those decided by `end_s`."""
+    finished = requests["status"] == FINISHED
+    overdue = (requests["first_token_s"] > requests["ttft_deadline_s"]) & (requests["ttft_deadline_s"] < end_s)
+    overdue |= requests["deadline_s"] < end_s
+    missed = (requests["missed"] == 1) | (~finished & overdue)
+    decided = missed.sum() + (finished & ~missed).sum()
+    return float((finished & ~missed).sum() / decided) if decided else None
+
+
+def histogram_percentile(counts: np.ndarray, percent: float) -> float | None:
+    """A percentile of the ITL histogram, in seconds, interpolated within its bin on the logarithmic scale."""
+    total = counts.sum()
+    if total == 0:
+        return None
+    cumulative = np.cumsum(counts)
+    rank = total * percent / 100
+    bin_ = int(np.searchsorted(cumulative, rank))
+    below = cumulative[bin_] - counts[bin_]
+    low, high = itl_bin_edges()[bin_ : bin_ + 2]
+    return float(low * (high / low) ** ((rank - below) / counts[bin_]))
+
+
+def jain_fairness(requests: np.ndarray, num_tenants: int) -> float:
+    """Jain's index over tenants of the share of its demand that each was served: 1 is equal shares, 1/n is one only.
+
+    Demand and service count an input token once and an output token twice. Jain, Chiu, Hawe, DEC-TR-301 (1984).
+    """
+    served = INPUT_SERVICE * requests["furthest"] + OUTPUT_SERVICE * requests["generated"]
+    asked = INPUT_SERVICE * requests["prompt_tokens"] + OUTPUT_SERVICE * requests["output_tokens"]
+    by_tenant = np.bincount(requests["tenant"], served, num_tenants)
+    demand = np.bincount(requests["tenant"], asked, num_tenants)
+    shares = by_tenant[demand > 0] / demand[demand > 0]
+    if len(shares) == 0 or not shares.any():
+        return 1.0
+    return float(shares.sum() ** 2 / (len(shares) * (shares**2).sum()))

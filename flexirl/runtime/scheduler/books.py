@@ -1,0 +1,185 @@
+"""The scheduler's books: running totals, promises kept and broken, who ended and how."""
+
+from __future__ import annotations
+
+import numba as nb
+import numpy as np
+
+from flexirl.runtime.scheduler.kv_cache import forget, release
+from flexirl.runtime.scheduler.queues import remove
+from flexirl.runtime.scheduler.state import EXPIRED, FINISHED, FUTURE, ITL_BINS, RUNNING, State
+from flexirl.workloads.trace import DEFERRED, IMMEDIATE
+
+# Weights of the service that fairness counts (VTC: an output token costs twice an input token).
+INPUT_SERVICE, OUTPUT_SERVICE = 1.0, 2.0
+
+
+@nb.njit(cache=True, inline="always")
+def best_effort(request) -> bool:
+    """True for work that may wait: deferred requests, and immediate ones that were relegated."""
+    return (request.request_class == DEFERRED) | (request.relegated == 1)  # no branch: nothing could predict it
+
+
+@nb.njit(cache=True, inline="always")
+def next_token_due_s(request) -> float:
+    """When the next token of a decoding immediate request is due at its promised pace."""
+    return request.first_token_s + request.generated * request.tpot_slo_s
+
+
+@nb.njit(cache=True, inline="always")
+def seats_taken(state: State) -> int:
+    """Requests in the running batch."""
+    return state.classes[IMMEDIATE].running + state.classes[DEFERRED].running
+
+
+@nb.njit(cache=True)
+def itl_bin(gap_s: float) -> int:
+    """The bin of `state.itl_bin_edges` that an inter-token latency of `gap_s` seconds falls into."""
+    return min(max(int((np.log10(max(gap_s, 1e-12)) + 5.0) * 32.0), 0), ITL_BINS - 1)
+
+
+@nb.njit(cache=True, inline="always")
+def total_blocks(state: State) -> int:
+    return state.engine[0].kv_blocks
+
+
+@nb.njit(cache=True)
+def compact(state: State) -> None:
+    """Drops from the running list what no longer runs, keeping its order."""
+    scheduler = state.scheduler[0]
+    kept = 0
+    for i in range(scheduler.running):
+        r = state.running[i]
+        if state.requests[r].status == RUNNING:
+            state.running[kept] = r
+            kept += 1
+    scheduler.running = kept
+
+
+@nb.njit(cache=True)
+def join_tenant(state: State, tenant: int) -> None:
+    """Counts a request in; a tenant that returns is lifted to the least service among the active (VTC)."""
+    if state.tenants[tenant].active == 0:
+        least = np.inf
+        for other in range(len(state.tenants)):
+            if state.tenants[other].active > 0:
+                least = min(least, state.tenants[other].service)
+        if least < np.inf:
+            state.tenants[tenant].service = max(state.tenants[tenant].service, least)
+    state.tenants[tenant].active += 1
+
+
+@nb.njit(cache=True)
+def book_prompt(state: State, r: int) -> None:
+    """Credits prompt tokens computed for the first time."""
+    request = state.requests[r]
+    fresh = request.computed - request.furthest
+    if fresh > 0:
+        request.furthest = request.computed
+        state.classes[request.request_class].prompt_done += fresh
+        state.tenants[request.tenant].service += INPUT_SERVICE * fresh
+
+
+@nb.njit(cache=True)
+def book_first_token(state: State, r: int, now_s: float) -> None:
+    request = state.requests[r]
+    request.first_token_s = now_s
+    if request.request_class == IMMEDIATE:
+        if now_s > request.ttft_deadline_s:
+            _book_loss(state, r)
+        request.deadline_s = min(request.deadline_s, last_token_due_s(request, now_s))
+
+
+@nb.njit(cache=True, inline="always")
+def last_token_due_s(request, first_token_s: float) -> float:
+    """When an immediate request's last token is due: the mean time of the tokens after the first is promised."""
+    return first_token_s + request.tpot_slo_s * max(request.output_tokens - 1, 0) * (1.0 + 1e-9)
+
+
+@nb.njit(cache=True)
+def _book_loss(state: State, r: int) -> None:
+    """Books once that the promise to request r is broken."""
+    request = state.requests[r]
+    if request.missed == 0:
+        request.missed = 1
+        group = state.classes[request.request_class]
+        group.lost += 1
+        group.lost_prompt += request.prompt_tokens
+        group.lost_output += request.output_tokens
+
+
+@nb.njit(cache=True, inline="always")
+def overdue(scheduler, request) -> bool:
+    """True if a running request can no longer keep its promise and that is not yet booked."""
+    left = request.output_tokens - request.generated
+    return (request.missed == 0) & (scheduler.now_s + left * scheduler.fastest_step_s > request.deadline_s)
+
+
+@nb.njit(cache=True)
+def settle_running(state: State, r: int) -> bool:
+    """Books the promise that running request r broke; True if its window closed and it ended for that."""
+    scheduler, request = state.scheduler[0], state.requests[r]
+    if request.request_class == IMMEDIATE:
+        _book_loss(state, r)
+        return False
+    if scheduler.now_s <= request.deadline_s:
+        return False
+    request.status = EXPIRED
+    end_running(state, r, scheduler.now_s)
+    return True
+
+
+@nb.njit(cache=True)
+def settle_first_tokens(state: State) -> None:
+    """Books the loss of every request whose first token fell due unmade. `promises` is sorted by due time.
+
+    One that arrived during an iteration holds up those due after it until it is submitted, so this is called then, too.
+    """
+    scheduler = state.scheduler[0]
+    while scheduler.promises_next < scheduler.promises_length:
+        r = state.promises[scheduler.promises_next]
+        if state.requests[r].status == FUTURE or state.requests[r].ttft_deadline_s >= scheduler.now_s:
+            return
+        if state.requests[r].first_token_s > state.requests[r].ttft_deadline_s:
+            _book_loss(state, r)
+        scheduler.promises_next += 1
+
+
+@nb.njit(cache=True)
+def end_running(state: State, r: int, now_s: float) -> None:
+    state.classes[state.requests[r].request_class].running -= 1
+    release(state, r, 0)
+    book_end(state, r, now_s)
+
+
+@nb.njit(cache=True)
+def end_waiting(state: State, r: int, status: int) -> None:
+    remove(state, r)
+    forget(state, r)
+    state.scheduler[0].host_free_blocks += state.requests[r].host_blocks
+    state.requests[r].host_blocks = 0
+    state.requests[r].status = status
+    book_end(state, r, state.scheduler[0].now_s)
+
+
+@nb.njit(cache=True)
+def book_end(state: State, r: int, now_s: float) -> None:
+    """Books how request r, no longer in the system, ended: promise kept, or broken and its tokens void."""
+    request = state.requests[r]
+    group = state.classes[request.request_class]
+    request.finish_s = now_s
+    state.tenants[request.tenant].active -= 1
+    if request.status == FINISHED:
+        group.finished += 1
+        if now_s > request.deadline_s:
+            _book_loss(state, r)
+    else:
+        group.ended_otherwise += 1
+        _book_loss(state, r)
+    if request.missed == 1:
+        group.void_prompt += request.furthest
+        group.void_output += request.generated
+    else:
+        group.kept += 1
+        group.kept_prompt += request.prompt_tokens
+        group.kept_output += request.output_tokens

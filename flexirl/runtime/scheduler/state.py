@@ -1,0 +1,269 @@
+"""The scheduler's state: plain structured arrays that compiled code and NumPy see alike.
+
+A record keeps what belongs to one request (or class, or tenant) on the same cache lines, so the compiled scheduler
+reads `state.requests[r].kv_blocks` and Python reads `state.requests["kv_blocks"]`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from flexirl.runtime.profile.engine import ENGINE, EngineProfile
+from flexirl.runtime.profile.step_time import BATCH
+
+# A request is in exactly one of these states.
+FUTURE, WAITING, RUNNING, FINISHED, EXPIRED, REJECTED, CANCELLED = range(7)
+STATUS_NAMES = ("future", "waiting", "running", "finished", "expired", "rejected", "cancelled")
+
+REQUEST = np.dtype(
+    [
+        # What every iteration reads of every running request, kept within one cache line of 64 bytes.
+        ("deadline_s", "f8"),  # last token due; for a TPOT promise set when the first token is out
+        ("first_token_s", "f8"),
+        ("last_token_s", "f8"),
+        ("tpot_slo_s", "f8"),  # mean seconds per token after the first; inf where none is promised
+        ("status", "i1"),
+        ("request_class", "i1"),
+        ("relegated", "i1"),  # 1: goes behind the others of its class, since it will be late
+        ("missed", "i1"),  # 1: its promise can no longer be kept, and the loss is booked
+        ("prompt_tokens", "i4"),
+        ("output_tokens", "i4"),  # the truth: for the executor and the accounts, never for a policy
+        ("generated", "i4"),  # output tokens produced
+        ("computed", "i4"),  # tokens whose keys and values are in the cache
+        ("scheduled", "i4"),  # tokens in the current iteration
+        ("kv_blocks", "i4"),
+        ("furthest", "i4"),  # most prompt tokens ever computed, so that recomputation is not credited twice
+        # The rest of what the client asked for.
+        ("arrival_s", "f8"),
+        ("ttft_deadline_s", "f8"),  # first token due; inf where none is promised
+        ("tenant", "i4"),
+        ("max_tokens", "i4"),
+        ("predicted_output_tokens", "i4"),
+        ("num_images", "i4"),
+        ("image_tokens", "i4"),
+        ("prefix_tokens", "i4"),
+        # Memory it left behind when it was preempted.
+        ("host_blocks", "i4"),  # blocks held in host memory after preemption by swap
+        ("cached_blocks", "i4"),  # freed by preemption, not yet reallocated, so reusable on return
+        ("cached_segment", "i4"),  # where in the ring of freed blocks they lie
+        ("preemptions", "i4"),
+        ("saved", "i4"),  # tokens whose keys and values are in host memory too, copied there ahead of a preemption
+        # Its place in a waiting queue (a skew heap).
+        ("left", "i4"),
+        ("right", "i4"),
+        ("parent", "i4"),
+        ("key", "f8"),
+        ("score", "f8"),  # for the SCORE order; until a policy says otherwise, 1 if immediate and 0 if deferred
+        ("finish_s", "f8"),
+        ("padding", "f8", (4,)),  # to three cache lines
+    ],
+    align=True,
+)
+
+CLASS = np.dtype(  # one record per request class
+    [
+        ("waiting", "i8"),
+        ("waiting_tokens", "i8"),  # prefill tokens (recomputation included) owed to the waiting requests
+        ("relegated", "i8"),  # of the waiting ones, those given up, and what they are owed
+        ("relegated_tokens", "i8"),
+        ("running", "i8"),
+        ("kv_blocks", "i8"),
+        ("preempted", "i8"),  # preemptions in the current iteration
+        ("order", "i8"),  # the order its queue is sorted in now
+        ("order_weight_s", "f8"),
+        ("order_expected", "f8"),
+        # Totals since the start, in requests and tokens.
+        ("arrived", "i8"),
+        ("arrived_prompt", "i8"),
+        ("finished", "i8"),
+        ("ended_otherwise", "i8"),  # expired, rejected or cancelled
+        ("preemptions", "i8"),
+        ("prompt_done", "i8"),  # prompt tokens computed for the first time
+        ("output_done", "i8"),  # output tokens produced
+        ("kept_prompt", "i8"),  # tokens of requests finished with their promise kept
+        ("kept_output", "i8"),
+        ("lost_prompt", "i8"),  # tokens of requests whose promise broke
+        ("lost_output", "i8"),
+        ("void_prompt", "i8"),  # of prompt_done and output_done, those of requests whose promise broke
+        ("void_output", "i8"),
+        ("kept", "i8"),
+        ("lost", "i8"),
+    ],
+    align=True,
+)
+
+TENANT = np.dtype([("service", "f8"), ("active", "i8")], align=True)  # weighted tokens served; requests in the system
+
+SCHEDULER = np.dtype(
+    [
+        ("now_s", "f8"),
+        ("rng", "u8"),
+        ("trace_next", "i8"),  # next row of the trace to arrive
+        ("trace_length", "i8"),
+        ("promises_next", "i8"),  # next entry of `promises` to fall due
+        ("promises_length", "i8"),
+        ("running", "i8"),  # entries of the `running` list
+        ("joined", "i8"),  # of them, the last ones, admitted by the plan that is being made: it evicts none of them
+        ("free_blocks", "i8"),
+        ("host_free_blocks", "i8"),
+        ("cached_blocks", "i8"),  # free blocks that a waiting request could still reuse
+        ("ring_first", "i8"),
+        ("ring_count", "i8"),
+        ("budget", "i8"),  # tokens left in the current iteration
+        ("immediate_target_s", "f8"),  # predicted step up to which immediate prefill joins the current iteration
+        ("deferred_target_s", "f8"),  # the same for deferred work
+        ("deferred_floor", "i8"),  # tokens that deferred work gets whatever its target
+        ("fastest_step_s", "f8"),  # no iteration is shorter: bounds what lateness can still be made good
+        # Totals since the start.
+        ("iterations", "i8"),
+        ("busy_s", "f8"),
+        ("kv_block_s", "f8"),  # blocks in use, integrated over busy time
+        ("recomputed_tokens", "i8"),
+        ("swapped_tokens", "i8"),
+        ("prefix_hit_tokens", "i8"),
+    ],
+    align=True,
+)
+
+# Running requests by what they do next and whether it may wait; with CLASSES, work that may wait comes after the rest.
+DECODES, PREFILLS, LATER_DECODES, LATER_PREFILLS = range(4)
+WORK = np.dtype(  # one record per kind of work: its requests and, if all decode, what they add to an iteration
+    [
+        ("count", "i8"),
+        ("best_effort", "i8"),  # of them, those that may wait
+        ("context", "f8"),  # tokens attended to
+    ],
+    align=True,
+)
+
+SEGMENT = np.dtype([("owner", "i4"), ("blocks", "i4")], align=True)  # freed blocks, oldest first; owner -1: nobody
+
+# Queue orders. DEADLINE sorts by deadline + order_weight_s x remaining tokens: EDF at 0, laxity below, QoServe above.
+# SHORTEST by remaining tokens. Of deferred requests, predicted output counts as the prefill that takes as long.
+ARRIVAL, DEADLINE, SHORTEST, FAIR, SCORE = range(5)
+# Disciplines. ONE_QUEUE: the classes share one queue. PRIORITY: running requests first, then waiting ones, immediate
+# ahead of deferred. CLASSES: all immediate work, then deferred work in what is left.
+ONE_QUEUE, PRIORITY, CLASSES = range(3)
+# Victims. LAST: the newest in the running batch. NEWEST: latest arrival. LEAST_OUTPUT: fewest output tokens, then
+# longest prompt. LOWEST_SCORE. All take deferred requests before immediate ones, but for LAST in one queue.
+LAST, NEWEST, LEAST_OUTPUT, LOWEST_SCORE = range(4)
+# Preemption modes.
+CHEAPER, RECOMPUTE, SWAP = range(3)
+
+DECISION = np.dtype(
+    [
+        ("discipline", "i4"),
+        ("decodes_first", "i4"),  # 1: all decodes before any prefill chunk; 0: in the order of the running batch
+        ("immediate_order", "i4"),
+        ("deferred_order", "i4"),
+        ("victim", "i4"),
+        ("preemption", "i4"),
+        ("preempt_for_immediate", "i4"),  # 1: a waiting immediate request may take memory and seats from deferred ones
+        ("token_budget", "i4"),  # tokens per iteration, at most the engine's
+        ("preempt_count", "i4"),  # deferred requests to preempt now; above 0, none is admitted until the next decision
+        ("deferred_token_floor", "i4"),  # tokens per iteration that deferred work gets whatever its step target
+        # Immediate requests go behind all others if this many times their prefill, run alone, would make their first
+        # token late; 1 is those that cannot be saved, more gives up earlier, 0 never.
+        ("relegate", "f8"),
+        ("immediate_step_s", "f8"),  # prefill chunks of immediate requests keep the predicted step below this
+        ("deferred_step_s", "f8"),  # deferred tokens join while the predicted step stays below this
+        ("immediate_slack", "f8"),  # the same, as a share of the least slack of immediate decodes; 0: does not apply
+        ("deferred_slack", "f8"),  # likewise for deferred work
+        ("deferred_decodes", "f8"),  # share of deferred decodes that run all the same, their time being set aside
+        # Deferred requests with less time left in their window than this, or half of it, go behind the others.
+        ("deferred_margin_s", "f8"),
+        ("deferred_kv_share", "f8"),  # no deferred request is admitted above this share of the cache
+        ("reserve_ratio", "f8"),  # memory kept for running requests: this share (at most 1) of the output they may make
+        ("reserve_new_ratio", "f8"),  # the same for the request to be admitted
+        ("reserve_clip", "f8"),  # output tokens counted per request at most
+        ("order_weight_s", "f8"),  # seconds per remaining token in the DEADLINE order
+        # Output tokens a deferred request is expected to make, for the DEADLINE order where nothing predicts them.
+        ("expected_output", "f8"),
+    ],
+    align=True,
+)
+
+
+def default_decision() -> np.ndarray:
+    """The decision the dials are built around: immediate work first, deferred work in what is left, no limits.
+
+    A 0-d array of `DECISION`; every policy starts from it and changes what its rule needs.
+    """
+    decision = np.zeros((), dtype=DECISION)
+    decision["discipline"] = CLASSES
+    decision["decodes_first"] = 1
+    decision["victim"] = NEWEST
+    decision["preempt_for_immediate"] = 1
+    decision["token_budget"] = np.iinfo(np.int32).max
+    decision["immediate_step_s"] = np.inf
+    decision["deferred_step_s"] = np.inf
+    decision["deferred_kv_share"] = 1.0
+    decision["reserve_clip"] = np.inf
+    return decision
+
+
+ITL_BINS = 256
+_ITL_LOW_S, _ITL_PER_DECADE = 1e-5, 32.0  # 256 bins reach from 10 microseconds to 1,000 s, 7.5% wide
+
+
+def itl_bin_edges() -> np.ndarray:
+    """Lower edges in seconds of the ITL histogram's bins, and the upper edge of the last: float64 (ITL_BINS + 1,)."""
+    return _ITL_LOW_S * 10.0 ** (np.arange(ITL_BINS + 1) / _ITL_PER_DECADE)
+
+
+class State(NamedTuple):
+    """One engine's scheduler state. Records of one element are arrays of length 1, so that code can change them."""
+
+    requests: np.ndarray  # REQUEST, (R,)
+    running: np.ndarray  # int32, (2 * max_running,): request numbers in order of admission
+    work: np.ndarray  # int32, (4, 2 * max_running): the running requests by kind of work, for the iteration planned
+    work_totals: np.ndarray  # WORK, (4,)
+    classes: np.ndarray  # CLASS, (2,)
+    tenants: np.ndarray  # TENANT, (T,)
+    lanes: np.ndarray  # int32, (2, T): roots of the waiting queues; tenants have lanes of their own in the FAIR order
+    scheduler: np.ndarray  # SCHEDULER, (1,)
+    decision: np.ndarray  # DECISION, (1,)
+    batch: np.ndarray  # BATCH, (1,)
+    engine: np.ndarray  # ENGINE, (1,)
+    ring: np.ndarray  # SEGMENT, (kv_blocks + 1,) with prefix caching, else (1,)
+    promises: np.ndarray  # int32, (R,): requests with a TTFT promise, by due time
+    itl_histogram: np.ndarray  # int64, (ITL_BINS,): inter-token latencies of immediate requests
+
+
+def _aligned_rows(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeroed records that start on a cache line."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.zeros(size + 64, np.uint8)
+    offset = -raw.ctypes.data % 64
+    return raw[offset : offset + size].view(dtype).reshape(shape)
+
+
+def new_states(count: int, engine: EngineProfile, max_requests: int, num_tenants: int) -> State:
+    """`count` empty states in one State whose arrays have a leading member axis; see `member`."""
+    profile = engine.values
+    ring = int(profile["kv_blocks"]) + 1 if profile["prefix_caching"] else 1
+
+    def rows(shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
+        return np.zeros((count, *shape), dtype=dtype)
+
+    states = State(
+        requests=_aligned_rows((count, max_requests), REQUEST),
+        running=rows((2 * int(profile["max_running"]),), np.int32),  # evicted ones stay listed until the plan is made
+        work=rows((4, 2 * int(profile["max_running"])), np.int32),
+        work_totals=rows((4,), WORK),
+        classes=rows((2,), CLASS),
+        tenants=rows((num_tenants,), TENANT),
+        lanes=rows((2, num_tenants), np.int32),
+        scheduler=rows((1,), SCHEDULER),
+        decision=rows((1,), DECISION),
+        batch=rows((1,), BATCH),
+        engine=rows((1,), ENGINE),
+        ring=rows((ring,), SEGMENT),
+        promises=rows((max_requests,), np.int32),
+        itl_histogram=rows((ITL_BINS,), np.int64),
+    )
+    states.engine[:] = profile
+    states.decision[:] = default_decision()
+    return states

@@ -1,0 +1,113 @@
+"""One run of a policy on the surrogate engine over one trace, with its timeline and accounts."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from flexirl.policies.interface.policy import Policy, View
+from flexirl.runtime.profile.engine import EngineProfile
+from flexirl.runtime.scheduler.accounts import Prices, Snapshot, account
+from flexirl.runtime.scheduler.state import State, new_states
+from flexirl.runtime.simulator import surrogate
+from flexirl.workloads.scenario import SLO
+from flexirl.workloads.trace import DEFERRED, IMMEDIATE, Trace
+
+# One row per decision, or per TIMELINE_STEP_S where decisions are denser.
+TIMELINE = np.dtype(
+    [
+        ("now_s", "f8"),
+        ("immediate_waiting", "i4"),
+        ("deferred_waiting", "i4"),
+        ("immediate_running", "i4"),
+        ("deferred_running", "i4"),
+        ("immediate_kv_share", "f4"),
+        ("deferred_kv_share", "f4"),
+        ("prefill_tokens", "i4"),  # of the last iteration
+        ("decode_sequences", "i4"),
+        ("preemptions", "i4"),  # since the start
+    ]
+)
+TIMELINE_STEP_S = 0.2
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came of a run: `figures` are the leaderboard's, `timeline` an array of `TIMELINE`, `state` the end."""
+
+    figures: dict[str, float | int | None]
+    timeline: np.ndarray
+    state: State
+
+
+def promises_by_due_time(rows: np.ndarray) -> np.ndarray:
+    """Numbers (int32) of the immediate rows with a promised first token, by the time it is due."""
+    due_s = rows["arrival_s"] + rows["ttft_slo_s"]
+    promised = np.flatnonzero(np.isfinite(due_s) & (rows["request_class"] == IMMEDIATE))
+    return promised[np.argsort(due_s[promised], kind="stable")].astype(np.int32)
+
+
+def start(engine: EngineProfile, trace: Trace, seed: int) -> State:
+    """A surrogate engine at the start of a trace."""
+    states = new_states(1, engine, max(len(trace), 1), max(trace.num_tenants, 1))
+    state = State(*(array[0] for array in states))
+    surrogate.start(state, trace.rows, promises_by_due_time(trace.rows), seed)
+    return state
+
+
+def simulate(
+    policy: Policy,
+    engine: EngineProfile,
+    trace: Trace,
+    slo: SLO,
+    duration_s: float,
+    warmup_s: float = 0.0,
+    interval_s: float = 0.2,
+    seed: int = 0,
+    prices: Prices | None = None,
+) -> Run:
+    """Runs `policy` for `duration_s` simulated seconds; the first `warmup_s` are left out of the accounts.
+
+    interval_s: seconds between decisions, for policies that are not asked every iteration; seed: of the step noise.
+    """
+    began = time.perf_counter()
+    state = start(engine, trace, seed)
+    view = View(state, slo)
+    policy.reset(view)
+    before: Snapshot | None = None
+    timeline: list[tuple[float, ...]] = []
+    decisions = 0
+    while view.now_s < duration_s:
+        if before is None and view.now_s >= warmup_s:
+            before = Snapshot.of(state)
+        if not timeline or view.now_s >= timeline[-1][0] + TIMELINE_STEP_S * 0.999:
+            timeline.append(timeline_row(state))
+        state.decision[0] = policy.decide(view)
+        if policy.every_iteration:
+            surrogate.advance(state, trace.rows, duration_s, 1)
+        else:
+            decisions += 1
+            until_s = min(decisions * interval_s, duration_s)
+            surrogate.advance(state, trace.rows, until_s, 0)
+            decisions = max(decisions, int(view.now_s / interval_s))
+    timeline.append(timeline_row(state))
+    figures = account(state, before or Snapshot.of(state), warmup_s, prices or Prices())
+    figures["wall_s"] = time.perf_counter() - began
+    return Run(figures, np.array(timeline, dtype=TIMELINE), state)
+
+
+def timeline_row(state: State) -> tuple[float, ...]:
+    """How an engine stands now, in the order of `TIMELINE`."""
+    classes, batch = state.classes, state.batch[0]
+    total = float(state.engine["kv_blocks"][0])
+    return (
+        float(state.scheduler["now_s"][0]),
+        *(int(classes["waiting"][c]) for c in (IMMEDIATE, DEFERRED)),
+        *(int(classes["running"][c]) for c in (IMMEDIATE, DEFERRED)),
+        *(classes["kv_blocks"][c] / total for c in (IMMEDIATE, DEFERRED)),
+        int(batch["prefill_tokens"]),
+        int(batch["decode_sequences"]),
+        int(classes["preemptions"].sum()),
+    )

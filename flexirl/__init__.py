@@ -7,5 +7,9 @@ import gymnasium
 
 __version__ = "0.1.0"
 
-gymnasium.register(id="flexirl/Batching-v0", entry_point="flexirl.experiments.configuration:make_batching_env")
+gymnasium.register(
+    id="flexirl/Batching-v0",
+    entry_point="flexirl.experiments.configuration:make_batching_env",
+    vector_entry_point="flexirl.experiments.configuration:make_vector_env",
+)
 gymnasium.register(id="flexirl/LiveBatching-v0", entry_point="flexirl.experiments.configuration:make_live_env")

@@ -23,7 +23,7 @@ from flexirl.runtime.profile.capacity import ServiceTime
 from flexirl.runtime.profile.engine import save_profile
 from flexirl.runtime.profile.step_time import BATCH
 from flexirl.workloads.config import from_config
-from flexirl.workloads.scenario import SLO
+from flexirl.workloads.slo import SLO
 
 RULE = "qoserve"  # decides in the engine's own run, by which the fit is checked
 

@@ -1,4 +1,4 @@
-"""Where compiled functions are kept between runs: one folder per installation, whose files are renewed in place.
+"""Where compiled functions are kept between runs: one folder per installation, without what has become stale.
 
 Numba takes a cached function for stale when the time of its own file changes, which a comment does and a change in a
 function that it calls does not. Here it is stale when the code changes, comments and docstrings apart, of its own file
@@ -19,6 +19,7 @@ import numba
 from numba.core.caching import CacheImpl, _CacheLocator
 
 PACKAGE = Path(__file__).resolve().parent
+_STAMP = 12  # characters of a stamp in the names of files
 _DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -61,6 +62,7 @@ class Sources:
     def __init__(self, remembered: Path, package: Path = PACKAGE) -> None:
         self._remembered = remembered
         self._package = package
+        self.changed = False  # a file was read anew, so compiled functions may have become stale
         self._known: dict[str, Source] = {}
         self._fresh: dict[str, Source] = {}
         try:
@@ -93,6 +95,7 @@ class Sources:
             self._fresh[module] = known
         else:
             self._fresh[module] = read_source(path, self._package)
+            self.changed = True
             self._remember()
         return self._fresh[module]
 
@@ -105,6 +108,9 @@ class Sources:
             partly.replace(self._remembered)
         except OSError:
             pass  # it is only slower without
+
+
+_cleared: set[str] = set()  # modules of which nothing stale is left
 
 
 @cache
@@ -129,8 +135,18 @@ class Locator(_CacheLocator):
         return _sources().stamp(self._module)
 
     def get_disambiguator(self) -> str:
-        """Functions of one name in files of one name lie in different modules; lines they may change."""
-        return self._module
+        """Functions of one name in files of one name lie in different modules; their lines may change.
+
+        The stamp is part of it, since Numba opens an index before it looks whether that is stale, and what lies in a
+        stale one may be of classes that are gone.
+        """
+        return f"{self._module}-{self.get_source_stamp()[:_STAMP]}"
+
+    def drop_stale(self) -> None:
+        """Removes what was compiled from other code of the same module."""
+        for path in folder().glob(f"*-{self._module}-{'?' * _STAMP}.py*"):
+            if f"-{self.get_disambiguator()}." not in path.name:
+                path.unlink(missing_ok=True)
 
     @classmethod
     def from_function(cls, py_func: Any, py_file: str) -> Locator | None:
@@ -140,6 +156,10 @@ class Locator(_CacheLocator):
         locator = cls(py_file)
         try:
             locator.ensure_cache_path()
+            locator.get_source_stamp()  # now it is known whether anything changed
+            if _sources().changed and locator._module not in _cleared:
+                _cleared.add(locator._module)
+                locator.drop_stale()
         except OSError:
             return None
         return locator

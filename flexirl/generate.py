@@ -95,7 +95,7 @@ def run(config: DictConfig) -> None:
             results.fail(request_id, f"It did not end under policy {policy.name}; choose another one.")
     if config.record:
         plot_timeline(read_timeline(folder / "timeline.csv"), policy.name, folder / "timeline.png")
-    print(summary(results, engine.metrics(), engine.view.now_s))
+    print(summary(results, engine.metrics(), engine.now_s))
     if shadow is not None:
         print(f"{shadow.policy.name} would have decided otherwise in {shadow.differences} of {shadow.asked} decisions")
     print(f"written to {folder / 'completions.jsonl'}")

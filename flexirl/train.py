@@ -48,7 +48,7 @@ from flexirl.experiments.configuration import (
 )
 from flexirl.experiments.plots import plot_comparison, plot_history, plot_timeline
 from flexirl.experiments.program import output_folder, run_program
-from flexirl.policies.heuristics.tuning import search_dials
+from flexirl.policies.heuristics.fixed_dials import search_dials
 from flexirl.policies.interface.action import NUM_DIALS
 from flexirl.policies.registry import check_names
 from flexirl.policies.training import probing

@@ -6,13 +6,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from stable_baselines3 import DQN
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from flexirl.envs.fleet import Fleet, Task
 from flexirl.envs.vector import BatchingVecEnv
 from flexirl.experiments.configuration import CONF, load_task
+from flexirl.policies.interface.observation import bounds
 from flexirl.policies.training.agents import make_agent
 
 MEMBERS, GROUP = 8, 4
@@ -41,3 +45,20 @@ def make(agent: str, folder: Path, kind: str | None = None, seed: int = 3, **cha
     config, task = setting(agent, kind or KIND[agent])
     env = BatchingVecEnv(Fleet(task, MEMBERS, GROUP, traces=4), seed)
     return make_agent({**config, **changes}, env, GROUP, seed, folder)
+
+
+def decisive_agent(name: str, folder: Path, kind: str | None = None) -> BaseAlgorithm:
+    """A new agent with larger, random weights in its last layer, so that its actions differ and reach their bounds."""
+    agent = make(name, folder, kind)
+    torch.manual_seed(0)
+    policy: Any = agent.policy
+    head = policy.q_net.q_net[-1] if isinstance(agent, DQN) else policy.action_net
+    torch.nn.init.normal_(head.weight, std=0.3)
+    torch.nn.init.normal_(head.bias, std=0.3)
+    return agent
+
+
+def random_observations(count: int, with_requests: bool = False) -> np.ndarray:
+    """Observations anywhere within their bounds: float32 (count, size)."""
+    low, high = bounds(with_requests)
+    return np.random.default_rng(5).uniform(low, high, (count, len(low))).astype(np.float32)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from toys import decision_with
 
-from flexirl.policies.interface.policy import View
+from flexirl.policies.interface.decision import SCORE, default_decision
+from flexirl.policies.interface.view import View
 from flexirl.runtime.live.block_table import BlockTable, check_blocks, reconcile
 from flexirl.runtime.live.engine import LiveEngine
 from flexirl.runtime.live.executor import Batch, Interrupted, Moves, Outcome, OutOfMemory
@@ -19,8 +20,7 @@ from flexirl.runtime.live.requests import Completion
 from flexirl.runtime.models.host_cache import HostCache
 from flexirl.runtime.profile.engine import EngineProfile
 from flexirl.runtime.scheduler.invariants import check_invariants
-from flexirl.runtime.scheduler.state import SCORE, default_decision
-from flexirl.workloads.scenario import SLO
+from flexirl.workloads.slo import SLO
 
 VOCAB, END = 40, 39
 TICK_S = 2.0**-10
@@ -205,7 +205,7 @@ class LiveRun:
     def step(self, iterations: int = 1) -> None:
         """Decides, runs some iterations, checks everything."""
         self.engine.decide()
-        self.engine.advance(self.engine.view.now_s + 2.0, iterations)
+        self.engine.advance(self.engine.now_s + 2.0, iterations)
         self.check()
 
     def check(self) -> BlockTable:

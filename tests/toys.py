@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from flexirl.policies.interface.decision import default_decision
 from flexirl.runtime.profile.engine import EngineProfile, make_profile
-from flexirl.runtime.scheduler.state import FUTURE, RUNNING, WAITING, State, default_decision
+from flexirl.runtime.scheduler.state import FUTURE, RUNNING, WAITING, State
 from flexirl.runtime.simulator import simulation, surrogate
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE, Trace, empty_rows
 

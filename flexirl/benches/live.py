@@ -25,7 +25,7 @@ from flexirl.runtime.models.executor import ModelExecutor, fit_profile
 from flexirl.runtime.models.loading import load_model
 from flexirl.runtime.models.tiny import tiny_model
 from flexirl.runtime.profile.engine import load_profile
-from flexirl.workloads.scenario import SLO
+from flexirl.workloads.slo import SLO
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 SEATS = 128
@@ -71,10 +71,10 @@ def overhead(repeats: int) -> Iterator[Row]:
         engine.run(engine.clock.now_s())
     outside_s = []
     for _ in range(20 * repeats):
-        began_s, forward_s, iterations = time.perf_counter(), executor.forward_s, engine.view.iterations
+        began_s, forward_s, iterations = time.perf_counter(), executor.forward_s, engine.iterations
         engine.run(engine.clock.now_s() + 0.2)
         passed_s = time.perf_counter() - began_s - (executor.forward_s - forward_s)
-        outside_s.append(passed_s / (engine.view.iterations - iterations))
+        outside_s.append(passed_s / (engine.iterations - iterations))
     yield Row("live_overhead_per_iteration_s", float(np.median(outside_s)), "s")
 
 

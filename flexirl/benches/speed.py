@@ -33,13 +33,14 @@ from flexirl.envs.fleet import Fleet, Task
 from flexirl.envs.vector import BatchingVecEnv, BatchingVectorEnv
 from flexirl.experiments.configuration import CONF, load_task
 from flexirl.policies.deploy.learned import load_policy
-from flexirl.policies.interface.policy import View
 from flexirl.policies.registry import PRETRAINED_FILE
 from flexirl.policies.training.agents import make_agent
+from flexirl.runtime.borrow import borrow
 from flexirl.runtime.profile.engine import load_profile
 from flexirl.runtime.profile.step_time import step_time
-from flexirl.runtime.scheduler.borrow import borrow
-from flexirl.runtime.scheduler.plan import commit, plan
+from flexirl.runtime.scheduler.commit import commit
+from flexirl.runtime.scheduler.looking import Lookout
+from flexirl.runtime.scheduler.plan import plan
 from flexirl.runtime.scheduler.state import State
 from flexirl.runtime.simulator import simulation, surrogate
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE, Trace, empty_rows, merge
@@ -219,12 +220,12 @@ def decision_time(task: Task, repeats: int) -> Iterator[Row]:
     trace = task.draw(0)
     state = simulation.start(task.engine, trace, 0)
     surrogate.advance(state, trace.rows, 60.0, 0)
-    view = View(state, task.slo)
-    policy.reset(view)
+    lookout = Lookout(state, task.slo)
+    policy.reset(lookout.view)
     seconds = []
     for _ in range(2_000 * repeats):
         began = time.perf_counter()
-        policy.decide(view)
+        policy.decide(lookout.look())
         seconds.append(time.perf_counter() - began)
     if policy.failures:
         raise RuntimeError(f"the policy failed: {policy.failures}")

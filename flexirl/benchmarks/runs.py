@@ -23,8 +23,9 @@ from flexirl.benchmarks.bound import upper_bound
 from flexirl.benchmarks.suites import Cell, composed
 from flexirl.experiments.comparison import TuningEpisodes, episodes, row_of, run_policy
 from flexirl.experiments.configuration import load_task
-from flexirl.policies.heuristics.tuning import tune
-from flexirl.policies.registry import HEURISTICS, load_policy_spec, make_policy
+from flexirl.policies.heuristics.base import tune
+from flexirl.policies.registry import make_policy
+from flexirl.policies.rules import load_rule_spec, rule_names
 from flexirl.runtime.scheduler.accounts import latencies
 from flexirl.runtime.simulator.simulation import Run
 from flexirl.workloads.trace import IMMEDIATE
@@ -93,8 +94,8 @@ def _settings(overrides: tuple[str, ...]) -> dict[str, Any]:
 
 def _policy_identity(name: str) -> Any:
     """A rule's knobs, the content of a file, or the name of what comes with the package, whose content is hashed."""
-    if name in HEURISTICS:
-        return [name, load_policy_spec(name)]
+    if name in rule_names():
+        return [name, load_rule_spec(name)]
     return _digest(name) if Path(name).is_file() else name
 
 

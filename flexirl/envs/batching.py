@@ -55,7 +55,7 @@ class BatchingEnv(gym.Env[np.ndarray, Any]):
 
     def render(self) -> np.ndarray | None:
         """The episode so far as a picture of queues, KV cache and batch: uint8 (height, width, 3), or a window."""
-        from flexirl.experiments.plots import timeline_figure
+        from flexirl.envs.picture import timeline_figure
 
         figure = timeline_figure(np.array(self._timeline, TIMELINE), self.task.scenario.name)
         if self.render_mode == "human":

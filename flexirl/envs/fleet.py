@@ -6,7 +6,6 @@ what the arrivals did to all of them can be told from what a member's own decisi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,20 +13,23 @@ from dataclasses import dataclass, field
 import numba as nb
 import numpy as np
 
+from flexirl.cores import available_cores
 from flexirl.envs.reward import REWARD, Reward
 from flexirl.errors import UserError
 from flexirl.policies.interface import action as actions
 from flexirl.policies.interface.action import ORDERS
-from flexirl.policies.interface.observation import MEMORY, PROMISE, VISIBLE, bounds, observe
+from flexirl.policies.interface.observation import MEMORY, new_observers, observe, one_observer
+from flexirl.policies.interface.view import VISIBLE, new_arrays, one_view, read_only
+from flexirl.runtime.borrow import borrow
 from flexirl.runtime.profile.capacity import ServiceTime
 from flexirl.runtime.profile.engine import EngineProfile
-from flexirl.runtime.profile.step_time import BATCH
 from flexirl.runtime.scheduler.accounts import Prices
-from flexirl.runtime.scheduler.borrow import borrow
+from flexirl.runtime.scheduler.looking import look
 from flexirl.runtime.scheduler.state import CLASS, State, new_states
 from flexirl.runtime.simulator import surrogate
 from flexirl.runtime.simulator.simulation import promises_by_due_time
-from flexirl.workloads.scenario import SLO, Scenario
+from flexirl.workloads.scenario import Scenario
+from flexirl.workloads.slo import SLO
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE, TRACE_ROW, Trace
 
 ACTIONS = ("dials", "grid", "scores")
@@ -121,7 +123,8 @@ class Fleet:
         if any((other.action, other.interval_s) != (task.action, task.interval_s) for other in self.tasks):
             raise UserError("The tasks of one fleet differ in env.action or env.interval_s; give them the same.")
         self.members, self.group_size, self.num_traces = members, group_size, traces
-        self.low, self.high = bounds(task.action == "scores")
+        self._observers = new_observers(members, task.action == "scores")
+        self.low, self.high = self._observers.low, self._observers.high
         self.observations = np.zeros((members, len(self.low)), np.float32)
         self.rewards = np.zeros(members, np.float32)
         self._kind = ACTIONS.index(task.action)
@@ -132,7 +135,7 @@ class Fleet:
         first = self._trace(0)[0]
         self._rewards: dict[int, np.ndarray] = {}
         self._allocate(int(1.1 * len(first)) + 64, first.num_tenants)
-        threads = min(threads or os.cpu_count() or 1, members)
+        threads = min(threads or available_cores(), members)
         bounds_ = np.linspace(0, members, threads + 1).astype(int)
         self._shares = list(zip(bounds_[:-1].tolist(), bounds_[1:].tolist(), strict=True))
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
@@ -143,12 +146,16 @@ class Fleet:
         largest = largest.replace(max_running=max(int(engine.values["max_running"]) for engine in engines))
         self._states = new_states(self.members, largest, max_requests, max(num_tenants, 1))
         self._traces = np.zeros((self.members, max_requests), TRACE_ROW)
-        self._memory = np.zeros(self.members, MEMORY)
-        self._batches = np.zeros(self.members, BATCH)
         self._member = np.zeros(self.members, MEMBER)
-        self._promise = np.zeros(self.members, PROMISE)
         self._reward = np.zeros(self.members, REWARD)
         self._warm = np.zeros((self.members, 2), CLASS)  # totals at the end of the warm-up
+        self._watch(VISIBLE if self.task.action == "scores" else 0)
+
+    def _watch(self, visible: int) -> None:
+        """Makes the views of the engines in `_states`, for what observes them and for what fills them."""
+        views = new_arrays(self.members, visible)
+        self._views = views._replace(profile=self._states.engine)
+        self._seen = read_only(self._views)
 
     def _task_of(self, number: int) -> Task:
         """The task that a trace belongs to."""
@@ -201,28 +208,31 @@ class Fleet:
             self._member[m]["immediate_order"] = ORDERS[task.immediate_order]
             self._member[m]["deferred_order"] = ORDERS[task.deferred_order]
             self._states.engine[m] = task.engine.values
-            self._promise[m] = (task.slo.ttft_s, task.slo.tpot_s)
+            self._views.promise[m] = (task.slo.ttft_s, task.slo.tpot_s)
             self._reward[m] = self._reward_of(which)[0]
-            self._memory[m] = np.zeros((), MEMORY)
+            self._observers.memory[m] = np.zeros((), MEMORY)
             self._warm[m] = np.zeros((), CLASS)
             self._start_engine(m, trace, promises, _child_seed(self._seed, int(self._episode[group]), m))
 
     def _start_engine(self, m: int, trace: Trace, promises: np.ndarray, seed: int) -> None:
         """Puts the engine of member m at the start of a trace, and observes it."""
-        _start_member(
-            self._states, self._traces, promises, self._member, self._memory, self._batches, self._promise, self.low,
-            self.high, self.observations, m, seed,
-        )  # fmt: skip
+        _start_member(self._states, self._traces, promises, self._member, m, seed)
+        self._observe(m)
+
+    def _observe(self, m: int) -> None:
+        """Observes member m."""
+        _observe_member(self._states, self._views, self._seen, self._observers, self.observations, m)
 
     def _grow(self, max_requests: int, num_tenants: int) -> None:
         """Makes room for a longer trace in the middle of other members' episodes."""
-        old = (self._states, self._traces, self._memory, self._member, self._warm, self._promise, self._reward)
+        old = (self._states, self._traces, self._views, self._member, self._warm, self._reward)
         self._allocate(max(int(1.1 * max_requests), old[1].shape[1]), max(num_tenants, old[0].tenants.shape[1]))
         for new_array, old_array in zip(self._states, old[0], strict=True):
             new_array[tuple(slice(n) for n in old_array.shape)] = old_array
         self._states.lanes[:, :, old[0].lanes.shape[2] :] = -1
         self._traces[:, : old[1].shape[1]] = old[1]
-        self._memory[:], self._member[:], self._warm[:], self._promise[:], self._reward[:] = old[2:]
+        self._views.promise[:] = old[2].promise
+        self._member[:], self._warm[:], self._reward[:] = old[3:]
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One decision interval of every member: observations, rewards (float32) and whose episode is over (bool).
@@ -253,9 +263,8 @@ class Fleet:
 
         def run(share: tuple[int, int]) -> None:
             _step_members(
-                self._states, self._traces, self._member, self._memory, self._batches, self._promise, self._reward,
-                self.low, self.high, action, self._kind, self.task.interval_s,
-                self.observations, self.rewards, *share,
+                self._states, self._traces, self._member, self._views, self._seen, self._observers, self._reward,
+                action, self._kind, self.task.interval_s, self.observations, self.rewards, *share,
             )  # fmt: skip
 
         if self._pool is None:
@@ -327,52 +336,50 @@ def _member_state(states: State, m: int) -> State:
 
 
 @nb.njit(cache=True)
-def _start_member(states, traces, promises, members, memory, batches, promise, low, high, observations, m, seed):
-    state = borrow(_member_state(states, m))
-    surrogate.start(state, traces[m, : members[m].rows], promises, seed)
-    observe_member(state, memory, promise, batches, low, high, observations, m)
+def _start_member(states, traces, promises, members, m, seed):
+    surrogate.start(borrow(_member_state(states, m)), traces[m, : members[m].rows], promises, seed)
+
+
+@nb.njit(cache=True)
+def _observe_member(states, views, seen, observers, observations, m):
+    _observe(borrow(_member_state(states, m)), views, seen, observers, observations, m)
+
+
+@nb.njit(cache=True)
+def _observe(state, views, seen, observers, observations, m):
+    look(state, borrow(one_view(views, m)))
+    observe(borrow(one_view(seen, m)), borrow(one_observer(observers, m)), observations[m])
 
 
 @nb.njit(cache=True, nogil=True)
 def _step_members(
-    states, traces, members, memory, batches, promise, reward, low, high, action, kind, interval_s, observations,
-    rewards, first, end,
-):  # fmt: skip
+    states, traces, members, views, seen, observers, reward, action, kind, interval_s, observations, rewards, first, end
+):
     for m in range(first, end):
         state = borrow(_member_state(states, m))
-        until_s = begin_interval(state, members, promise, action, kind, interval_s, m)
+        until_s = begin_interval(state, members, views, action, kind, interval_s, m)
         began_s = state.scheduler[0].now_s
         surrogate.advance(state, traces[m, : members[m].rows], until_s, 0)
-        end_interval(
-            state, members, memory, batches, promise, reward, low, high, began_s, interval_s, observations, rewards, m
-        )
+        rewards[m] = pay(state, members, views, reward, began_s, interval_s, m)
+        _observe(state, views, seen, observers, observations, m)
 
 
 @nb.njit(cache=True)
-def begin_interval(state, members, promise, action, kind, interval_s, m):
+def begin_interval(state, members, views, action, kind, interval_s, m):
     """Puts member m's action in force; returns the second to which its engine is to run."""
-    member = members[m]
+    member, decision, tpot_s = members[m], state.decision[0], views.promise[m, 0].tpot_s
     if kind == _SCORES:
-        actions.set_scores(state, action[m], promise[m].tpot_s)
+        actions.set_scores(decision, action[m], views.visible[m], tpot_s)
     else:
-        actions.set_dials(state, action[m], promise[m].tpot_s, member.immediate_order, member.deferred_order)
+        actions.set_dials(decision, action[m], tpot_s, member.immediate_order, member.deferred_order)
     member.steps += 1
     return min(member.steps * interval_s, member.duration_s)
 
 
 @nb.njit(cache=True)
-def end_interval(
-    state, members, memory, batches, promise, reward, low, high, began_s, interval_s, observations, rewards, m
-):  # fmt: skip
-    """Pays and observes member m, whose engine has run since `began_s`."""
-    rewards[m] = _reward(state, members[m], promise[m], reward[m], began_s, interval_s)
-    observe_member(state, memory, promise, batches, low, high, observations, m)
-
-
-@nb.njit(cache=True)
-def observe_member(state, memory, promise, batches, low, high, observations, m):
-    """Observes member m."""
-    observe(state, memory[m], promise[m], batches[m], low, high, observations[m])
+def pay(state, members, views, reward, began_s, interval_s, m):
+    """The reward of member m, whose engine has run since `began_s`."""
+    return _reward(state, members[m], views.promise[m, 0], reward[m], began_s, interval_s)
 
 
 @nb.njit(cache=True)

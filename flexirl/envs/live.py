@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from flexirl.envs.fleet import Fleet, Task, begin_interval, end_interval, observe_member
-from flexirl.policies.interface.policy import View
+from flexirl.envs.fleet import Fleet, Task, begin_interval, pay
+from flexirl.policies.interface.decision import default_decision
+from flexirl.policies.interface.view import View
 from flexirl.runtime.live.clock import Clock, VirtualClock, WallClock
 from flexirl.runtime.live.engine import LiveEngine
 from flexirl.runtime.live.executor import Executor
@@ -47,23 +48,22 @@ class LiveFleet(Fleet):
             num_tenants=self._states.tenants.shape[1], safepoints=False, seed=seed,
         )  # fmt: skip
         self._states = State(*(array[None] for array in engine.state))
+        promise = self._views.promise
+        self._watch(self._views.visible.shape[1])
+        self._views.promise[:] = promise
         add_trace(engine, self._executor, trace, self.task.duration_s(), seed)
         engine.advance(0.0)  # takes in what is there from the beginning
-        observe_member(
-            engine.state, self._memory, self._promise, self._batches, self.low, self.high, self.observations, m
-        )
+        self._observe(m)
 
     def _run(self, action: np.ndarray) -> None:
         engine, interval_s = self._engine, self.task.interval_s
         assert engine is not None, "reset comes before step"
-        began_s = engine.view.now_s
+        began_s = engine.now_s
         self._member["steps"] += int((engine.clock.now_s() - began_s) / interval_s)
-        until_s = begin_interval(engine.state, self._member, self._promise, action, self._kind, interval_s, 0)
+        until_s = begin_interval(engine.state, self._member, self._views, action, self._kind, interval_s, 0)
         engine.advance(until_s)
-        end_interval(
-            engine.state, self._member, self._memory, self._batches, self._promise, self._reward, self.low, self.high,
-            began_s, interval_s, self.observations, self.rewards, 0,
-        )  # fmt: skip
+        self.rewards[0] = pay(engine.state, self._member, self._views, self._reward, began_s, interval_s, 0)
+        self._observe(0)
 
     def close(self) -> None:
         """Ends what still runs, so that the executor can be used again."""
@@ -73,7 +73,7 @@ class LiveFleet(Fleet):
 
 
 class _Agent:
-    """Where a live engine has its policy: the decision in force is what the last action made it."""
+    """Where a live engine has its policy; it is never asked, since each action is put in force as it comes."""
 
     name = "agent"
     every_iteration = False
@@ -83,4 +83,4 @@ class _Agent:
 
     def decide(self, view: View) -> np.ndarray:
         """See `Policy`."""
-        return view.state.decision[0]
+        return default_decision()

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flexirl.envs.fleet import Fleet, Task
-from flexirl.policies.heuristics.tuning import tune
+from flexirl.policies.heuristics.base import tune
 from flexirl.policies.interface.policy import Policy
 from flexirl.policies.registry import make_policy
 from flexirl.runtime.live.executor import Executor
@@ -129,7 +129,7 @@ def load_of(task: Task, trace: Trace) -> float:
 
 
 class TuningEpisodes:
-    """The episodes of a task on which knobs are searched; see `flexirl.policies.heuristics.tuning.Episodes`."""
+    """The episodes of a task on which knobs are searched; see `flexirl.policies.heuristics.base.Episodes`."""
 
     def __init__(self, task: Task, base_seed: int, seeds: int = 3) -> None:
         self._task, self._seeds = task, seeds

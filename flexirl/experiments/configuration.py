@@ -14,6 +14,7 @@ from flexirl.envs.batching import BatchingEnv
 from flexirl.envs.fleet import Fleet, Task
 from flexirl.envs.live import CLOCKS, LiveFleet
 from flexirl.envs.reward import Reward
+from flexirl.envs.vector import BatchingVectorEnv
 from flexirl.errors import UserError
 from flexirl.policies.interface.policy import Policy
 from flexirl.policies.registry import make_policy
@@ -22,7 +23,7 @@ from flexirl.runtime.profile.engine import EngineProfile, load_profile
 from flexirl.runtime.profile.pace import at_pace
 from flexirl.runtime.scheduler.accounts import Prices
 from flexirl.workloads.config import from_config
-from flexirl.workloads.scenario import SLO
+from flexirl.workloads.slo import SLO
 
 if TYPE_CHECKING:
     from flexirl.runtime.models.executor import ModelExecutor
@@ -147,9 +148,16 @@ def _mixed(config: DictConfig, numbers: Iterable[int]) -> list[Task]:
     return tasks
 
 
-def make_batching_env(overrides: Sequence[str] = (), task: Task | None = None, **options: Any) -> BatchingEnv:
+def make_batching_env(overrides: Sequence[str] | str = (), task: Task | None = None, **options: Any) -> BatchingEnv:
     """Entry point of `flexirl/Batching-v0`: `task`, or that of `python -m flexirl.train` with these Hydra overrides."""
     return BatchingEnv(Fleet(task or default_task(overrides), 1), **options)
+
+
+def make_vector_env(
+    num_envs: int = 1, overrides: Sequence[str] | str = (), task: Task | None = None, **options: Any
+) -> BatchingVectorEnv:
+    """Vector entry point of `flexirl/Batching-v0`: `num_envs` members of one fleet, stepped in compiled code."""
+    return BatchingVectorEnv(task or default_task(overrides), num_envs, **options)
 
 
 def make_live_env(overrides: Sequence[str] = (), **options: Any) -> BatchingEnv:
@@ -166,12 +174,17 @@ def load_live_fleet(config: DictConfig, task: Task, executor: Executor) -> LiveF
     return LiveFleet(task, executor, CLOCKS[config.env.clock], count_of(config.env.traces, "env.traces"))
 
 
-def default_task(overrides: Sequence[str] = ()) -> Task:
+def default_task(overrides: Sequence[str] | str = ()) -> Task:
     """The task of `python -m flexirl.train` with these Hydra overrides."""
     return load_task(_train_config(overrides))
 
 
-def _train_config(overrides: Sequence[str]) -> DictConfig:
-    GlobalHydra.instance().clear()  # where a program calls this, its own composition is over
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", list(overrides))
+def _train_config(overrides: Sequence[str] | str) -> DictConfig:
+    # Whoever calls may be in a Hydra application of their own, whose state is to be found as it was.
+    theirs = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("train", [overrides] if isinstance(overrides, str) else list(overrides))
+    finally:
+        GlobalHydra.instance().hydra = theirs

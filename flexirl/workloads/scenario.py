@@ -18,6 +18,7 @@ from flexirl.errors import UserError
 from flexirl.workloads.arrivals import ArrivalProcess, Poisson
 from flexirl.workloads.lengths import LengthModel
 from flexirl.workloads.readers import read_trace
+from flexirl.workloads.slo import SLO
 from flexirl.workloads.trace import DEFERRED, Trace, empty_rows
 
 ServiceTime = Callable[[np.ndarray], NDArray[np.float64]]
@@ -35,18 +36,6 @@ MEAN_SAMPLE = 20_000  # requests drawn to estimate a length model's mean service
 def _require(ok: bool, name: str, value: object, rule: str) -> None:
     if not ok:
         raise UserError(f"{name}={value!r} is out of range; {rule}.")
-
-
-@dataclass(frozen=True)
-class SLO:
-    """The promise to an immediate request, in seconds."""
-
-    ttft_s: float
-    tpot_s: float
-
-    def __post_init__(self) -> None:
-        _require(self.ttft_s > 0, "slo.ttft_s", self.ttft_s, "a time to first token is positive")
-        _require(self.tpot_s > 0, "slo.tpot_s", self.tpot_s, "a time per output token is positive")
 
 
 @dataclass(frozen=True)

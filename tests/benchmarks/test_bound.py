@@ -12,12 +12,13 @@ from toys import TICK_S, deferred, immediate, toy_engine, toy_trace
 
 from flexirl.benchmarks.bound import revenue_bound, token_cost_hull
 from flexirl.policies.interface.action import NUM_DIALS
-from flexirl.policies.registry import make_policy, policy_names
+from flexirl.policies.registry import make_policy
+from flexirl.policies.rules import rule_names
 from flexirl.runtime.profile.engine import EngineProfile, load_profile, profile_names
 from flexirl.runtime.profile.step_time import BATCH, step_time
 from flexirl.runtime.scheduler.accounts import Prices
 from flexirl.runtime.simulator.simulation import simulate
-from flexirl.workloads.scenario import SLO
+from flexirl.workloads.slo import SLO
 from flexirl.workloads.trace import DEFERRED, Trace
 
 PRICES = Prices()
@@ -208,7 +209,7 @@ def test_no_rule_earns_more(seed: int) -> None:
         "hygen": {"latency_budget_s": 0.03},
         "fixed_dials": {"tune": False, "dials": rng.uniform(-1, 1, NUM_DIALS).tolist()},
     }
-    for name in policy_names():
+    for name in rule_names():
         run = simulate(
             make_policy(name, knobs.get(name)), engine, trace, SLO(0.2, 0.05), duration_s, warmup_s, 0.1, seed % 1000,
         )  # fmt: skip

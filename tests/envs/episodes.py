@@ -11,7 +11,8 @@ from flexirl.envs.fleet import Task
 from flexirl.envs.reward import Reward
 from flexirl.policies.interface.action import GRID
 from flexirl.runtime.profile.engine import EngineProfile, load_profile
-from flexirl.workloads.scenario import SLO, Rngs, Scenario, ServiceTime
+from flexirl.workloads.scenario import Rngs, Scenario, ServiceTime
+from flexirl.workloads.slo import SLO
 from flexirl.workloads.trace import empty_rows
 
 REVENUE = Reward("revenue", "revenue", deferred=1.0, loss=1.0, waiting=0.0)

@@ -16,7 +16,7 @@ from flexirl.envs.fleet import Fleet, Task
 from flexirl.errors import UserError
 from flexirl.policies.interface.action import NUM_DIALS
 from flexirl.runtime.scheduler.invariants import check_invariants
-from flexirl.workloads.scenario import SLO
+from flexirl.workloads.slo import SLO
 
 
 def play(fleet: Fleet, steps: int, seed: int = 1, stagger: bool = False) -> tuple[np.ndarray, np.ndarray]:

@@ -27,7 +27,8 @@ from flexirl.runtime.live.clock import WallClock
 from flexirl.runtime.live.executor import Batch, Outcome
 from flexirl.runtime.profile.engine import EngineProfile
 from flexirl.runtime.profile.step_time import step_time
-from flexirl.workloads.scenario import SLO, Rngs, Scenario, ServiceTime
+from flexirl.workloads.scenario import Rngs, Scenario, ServiceTime
+from flexirl.workloads.slo import SLO
 
 INTERVAL_S = 0.25
 ENGINE = toy_engine(

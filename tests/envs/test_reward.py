@@ -10,7 +10,13 @@ from episodes import LATENCY, REVENUE, Requests, random_actions, small_task
 
 from flexirl.envs.fleet import Fleet, Task
 from flexirl.policies.interface.action import NUM_DIALS
-from flexirl.runtime.scheduler.state import FINISHED, FUTURE, RUNNING, WAITING, State
+from flexirl.runtime.scheduler.state import (
+    FINISHED,
+    FUTURE,
+    RUNNING,
+    WAITING,
+    State,
+)
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 PROMPT_PRICE, OUTPUT_PRICE, DISCOUNT = 1.0, 4.0, 0.5

@@ -13,7 +13,8 @@ from hydra import compose, initialize_config_dir
 
 from flexirl.errors import UserError
 from flexirl.workloads.config import from_config
-from flexirl.workloads.scenario import SLO, Scenario
+from flexirl.workloads.scenario import Scenario
+from flexirl.workloads.slo import SLO
 from flexirl.workloads.statistics import peak_to_mean
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE, Trace, check, empty_rows
 

@@ -14,10 +14,9 @@ from numba.experimental import structref
 
 from flexirl.policies.deploy.network import Network, run_network
 from flexirl.policies.interface.action import GRID, PREEMPTS, set_dials, set_scores
-from flexirl.policies.interface.observation import MEMORY, PROMISE, bounds, observe
-from flexirl.runtime.profile.step_time import BATCH
-from flexirl.runtime.scheduler.state import State
-from flexirl.workloads.scenario import SLO
+from flexirl.policies.interface.observation import new_observers, observe
+from flexirl.policies.interface.view import View
+from flexirl.runtime.borrow import borrow
 from flexirl.workloads.trace import DEFERRED
 
 DIALS, CHOICE, SCORES = range(3)  # what a network's numbers are
@@ -51,37 +50,43 @@ class Decider(structref.StructRefProxy):
 structref.define_proxy(
     Decider,
     _DeciderType,
-    ["state", "network", "settings", "memory", "promise", "batch", "low", "high", "observed", "raw"],
+    ["arrays", "network", "settings", "observer", "decision", "observed", "raw"],
 )
 
 
-def new_decider(state: State, network: Network, slo: SLO, settings: np.ndarray, observed: np.ndarray) -> Decider:
+def new_decider(
+    view: View, network: Network, settings: np.ndarray, decision: np.ndarray, observed: np.ndarray
+) -> Decider:
     """A decider that has not seen the engine yet.
 
-    settings: `SETTINGS` (1,); observed: float32, as many numbers as the network takes, overwritten by each decision.
+    settings: `SETTINGS` (1,); decision: `DECISION` (1,), and observed: float32, as many numbers as the network takes;
+    each decision overwrites both.
     """
-    low, high = bounds(settings["kind"][0] == SCORES)
-    return Decider(
-        state, network, settings, np.zeros(1, MEMORY), np.array([(slo.ttft_s, slo.tpot_s)], PROMISE),
-        np.zeros(1, BATCH), low, high, observed, np.zeros(network.sizes[-1], np.float32),
+    many = new_observers(1, settings["kind"][0] == SCORES)
+    observer = many._replace(
+        memory=many.memory[0], numbers=many.numbers[0], requests=many.requests[0], flat_numbers=many.flat_numbers[0],
+        flat_requests=many.flat_requests[0],
     )  # fmt: skip
+    raw = np.zeros(network.sizes[-1], np.float32)
+    return Decider(view.arrays, network, settings, observer, decision, observed, raw)
 
 
 @nb.njit(cache=True)
 def decide(decider: Any) -> bool:
-    """Writes a decision into the engine's state; False, and none is written, for numbers that are not finite."""
-    state, settings, raw, tpot_s = decider.state, decider.settings[0], decider.raw, decider.promise[0].tpot_s
-    observe(state, decider.memory[0], decider.promise[0], decider.batch[0], decider.low, decider.high, decider.observed)
+    """Overwrites the decision; False, and it stays as it is, for numbers that are not finite."""
+    view, settings, raw, decision = decider.arrays, decider.settings[0], decider.raw, decider.decision[0]
+    tpot_s = view.promise[0].tpot_s
+    observe(borrow(view), borrow(decider.observer), decider.observed)
     run_network(decider.network, decider.observed, raw)
     for i in range(len(raw)):
         if not np.isfinite(raw[i]):
             return False
     if settings.kind == SCORES:
-        set_scores(state, raw, tpot_s)
+        set_scores(decision, raw, view.visible, tpot_s)
     elif settings.kind == DIALS:
-        set_dials(state, raw, tpot_s, settings.immediate_order, settings.deferred_order)
+        set_dials(decision, raw, tpot_s, settings.immediate_order, settings.deferred_order)
     else:
-        if settings.masked and state.classes[DEFERRED].running == 0:
+        if settings.masked and view.groups[DEFERRED].running == 0:
             raw[PREEMPTS] = -np.inf
-        set_dials(state, _GRID[np.argmax(raw)], tpot_s, settings.immediate_order, settings.deferred_order)
+        set_dials(decision, _GRID[np.argmax(raw)], tpot_s, settings.immediate_order, settings.deferred_order)
     return True

@@ -20,17 +20,17 @@ from flexirl.policies.deploy.decider import KINDS, SETTINGS, decide, new_decider
 from flexirl.policies.deploy.network import Network, read_network
 from flexirl.policies.interface import action as actions
 from flexirl.policies.interface import observation
-from flexirl.policies.interface.policy import Policy, View
-from flexirl.policies.registry import make_policy
-from flexirl.policies.training.export import FORMAT
+from flexirl.policies.interface.decision import DECISION, default_decision
+from flexirl.policies.interface.policy import Policy
+from flexirl.policies.interface.view import VISIBLE, View, idle_view
+from flexirl.policies.rules import make_rule
 from flexirl.runtime.profile.engine import load_profile
-from flexirl.runtime.simulator.simulation import start
-from flexirl.workloads.scenario import SLO
-from flexirl.workloads.trace import Trace, empty_rows
+from flexirl.workloads.slo import SLO
 
 _LOG = logging.getLogger(__name__)
-_NUMBERS = {"dials": actions.NUM_DIALS, "grid": len(actions.GRID), "scores": observation.VISIBLE}
+_NUMBERS = {"dials": actions.NUM_DIALS, "grid": len(actions.GRID), "scores": VISIBLE}
 _LOGGED_FAILURES = 3
+FORMAT = "flexirl-policy-1"
 
 
 # The fallback must be ready at once, without a search, and hold for a whole interval when it is asked but once in it.
@@ -49,7 +49,7 @@ class LearnedPolicy:
 
     def __init__(self, path: Path, fallback: str = FALLBACK, time_limit_s: float | None = None) -> None:
         self.name = path.stem if path.stem != "policy" else f"learned:{path.resolve().parent.name}"
-        self.fallback: Policy = make_policy(fallback)
+        self.fallback: Policy = make_rule(fallback)
         self.time_limit_s = time_limit_s
         self.failures: dict[str, int] = {}
         self.network, self.metadata = _open(path)
@@ -83,13 +83,13 @@ class LearnedPolicy:
 
     def _warm_up(self) -> None:
         """Decides for an idle engine, since what is set up at first use takes as long as an iteration or two."""
-        view = View(start(load_profile("cpu-tiny"), Trace(empty_rows(0), "idle", 1), 0), SLO(1.0, 1.0))
-        self.reset(view)
+        self.reset(idle_view(load_profile("cpu-tiny").values, SLO(1.0, 1.0)))
         self._decide()
 
     def reset(self, view: View) -> None:
         """Forgets what it observed before, and decides for this engine from here on."""
-        self._decider = new_decider(view.state, self.network, view.slo, self._settings, self.observed)
+        self._decision = np.array([default_decision()], DECISION)
+        self._decider = new_decider(view, self.network, self._settings, self._decision, self.observed)
         self.failures = {}
         self.fallback.reset(view)
 
@@ -103,7 +103,7 @@ class LearnedPolicy:
                 return self._fall_back(view, "too late")
         except Exception as error:  # whatever happens, the engine goes on
             return self._fall_back(view, type(error).__name__)
-        return view.state.decision[0]
+        return self._decision.reshape(())
 
     def _decide(self) -> bool:
         finite: bool = decide(self._decider)

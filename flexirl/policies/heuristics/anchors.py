@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexirl.policies.heuristics.base import Heuristic
-from flexirl.policies.interface.policy import View
-from flexirl.runtime.scheduler.state import ARRIVAL, DEADLINE, ONE_QUEUE, SCORE
+from flexirl.policies.interface.decision import ARRIVAL, DEADLINE, ONE_QUEUE, SCORE
+from flexirl.policies.interface.view import View
 
 
 @dataclass(frozen=True)

@@ -1,35 +1,64 @@
-"""What hand-written policies share: knobs as fields, one decision array that the rule fills in.
+"""What hand-written policies share: knobs as fields, one decision array that the rule fills in, a name to be found by.
 
-A rule's knobs are the fields of a frozen dataclass; their values live in `conf/policy/<name>.yaml` and nowhere else.
-What a rule remembers during a run lives in arrays made by `reset`, so one policy object may serve many runs in turn.
+A rule's knobs are the fields of a frozen dataclass; those of the rules here have their values in
+`conf/policy/<name>.yaml` and nowhere else. What a rule remembers during a run lives in arrays made by `reset`, so one
+policy object may serve many runs in turn.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
 from flexirl.errors import UserError
-from flexirl.policies.interface.policy import View
+from flexirl.policies.interface.decision import DEADLINE, default_decision
+from flexirl.policies.interface.policy import Policy
+from flexirl.policies.interface.view import View
 from flexirl.runtime.profile.step_time import BATCH, step_time
-from flexirl.runtime.scheduler.state import DEADLINE, default_decision
-from flexirl.workloads.scenario import SLO
+from flexirl.workloads.slo import SLO
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 TOKEN_TILE = 128  # tokens: matrix multiplications run in tiles of this size, so budgets are multiples of it
 LEAST_TOKEN_BUDGET = 512  # Sarathi-Serve's budget for strict promises; a smaller one starves prefill
 
 
+RULES: dict[str, type[Heuristic]] = {}  # by name: every rule that has been defined, whoever defined it
+
+
+class Episodes(Protocol):
+    """The episodes of a scenario on which open knobs are searched, the same ones every time."""
+
+    def attainment(self, policy: Policy) -> float:
+        """Share of immediate promises that a policy keeps, averaged over the episodes."""
+        ...
+
+    def revenues(self, settings: np.ndarray) -> np.ndarray:
+        """Revenue of constant dial settings in any unit, averaged over the episodes: (n, dials) to (n,)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Heuristic:
-    """A rule written by hand. A constant one overrides `prepare`; one that watches the engine `decide` as well."""
+    """A rule written by hand. A constant one overrides `prepare`; one that watches the engine `decide` as well.
+
+    A subclass with a `name` of its own is known by it from then on.
+    """
 
     name = ""
     every_iteration = False
 
     # One array for the whole run: whoever asks copies it into the state at once, and making one costs more than that.
     _decision: np.ndarray = field(default_factory=default_decision, init=False, repr=False, compare=False)
+
+    def __init_subclass__(cls) -> None:
+        if "name" in cls.__dict__:
+            RULES[cls.name] = cls
+
+    def tuned(self, episodes: Episodes, slo: SLO, seed: int) -> Heuristic:
+        """The rule ready to run on such episodes: with its open knobs searched, or as it is where none is open."""
+        return self
 
     def reset(self, view: View) -> None:
         """See `Policy.reset`."""
@@ -99,10 +128,12 @@ def deferred_head_first(view: View) -> bool:
     Both queues are sorted by key, so heads compare as in one merged queue once both are in the DEADLINE order; until
     the decision that sorts them is in force, no deferred request goes first.
     """
-    if (view.state.classes["order"] != DEADLINE).any():
+    immediate, deferred = view.group(IMMEDIATE), view.group(DEFERRED)
+    if not (immediate["order"] == deferred["order"] == DEADLINE and immediate["head"] and deferred["head"]):
         return False
-    immediate, deferred = view.state.lanes[IMMEDIATE, 0], view.state.lanes[DEFERRED, 0]
-    if immediate < 0 or deferred < 0:
-        return False
-    keys = view.state.requests["key"]
-    return bool(keys[deferred] < keys[immediate])
+    return bool(deferred["head_key"] < immediate["head_key"])
+
+
+def tune(policy: Policy, episodes: Episodes, slo: SLO, seed: int) -> Policy:
+    """The policy ready to run: a rule with its open knobs searched, any other as it is."""
+    return policy.tuned(episodes, slo, seed) if isinstance(policy, Heuristic) else policy

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexirl.policies.heuristics.base import ChunkedPrefill, require
-from flexirl.policies.interface.policy import View
-from flexirl.runtime.scheduler.state import CHEAPER, CLASSES
+from flexirl.policies.interface.decision import CHEAPER, CLASSES
+from flexirl.policies.interface.view import View
 from flexirl.workloads.trace import IMMEDIATE
 
 
@@ -44,7 +44,7 @@ class ConServe(ChunkedPrefill):
 
     def decide(self, view: View) -> np.ndarray:
         """Full batches exactly while no immediate request is in the system."""
-        group = view.state.classes[IMMEDIATE]
+        group = view.group(IMMEDIATE)
         idle = group["waiting"] == 0 and group["running"] == 0
         self._decision["deferred_step_s"] = np.inf if idle else self.tbt_share * view.slo.tpot_s
         return self._decision

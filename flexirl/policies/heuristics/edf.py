@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexirl.policies.heuristics.base import ChunkedPrefill, deferred_head_first
-from flexirl.policies.interface.policy import View
-from flexirl.runtime.scheduler.state import CLASSES, DEADLINE, ONE_QUEUE
+from flexirl.policies.interface.decision import CLASSES, DEADLINE, ONE_QUEUE
+from flexirl.policies.interface.view import View
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Source: Sun, Wang, Lai, "HyGen: Efficient LLM Serving via Elastic Online-Offline Request Co-location", NeurIPS 2025
 (arXiv 2501.14808). Immediate requests are scheduled first and preempt deferred ones for memory; then deferred ones, one
 by one, as long as the predicted time of the iteration, its token budget and memory allow. The budget is found by a
-profiler: a binary search for the largest one that keeps the SLO (`tuning.search_budget`).
+profiler: a binary search for the largest one that keeps the SLO (`search_budget`).
 
 Adapted: the step-time predictor is the engine's own model, and the deferred queue is in arrival order, because there
 is no prefix tree to walk. HyGen's comparison without a budget is `latency_budget_s=inf`.
@@ -12,14 +12,19 @@ is no prefix tree to walk. HyGen's comparison without a budget is `latency_budge
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from flexirl.errors import UserError
-from flexirl.policies.heuristics.base import ChunkedPrefill, require
-from flexirl.policies.interface.policy import View
-from flexirl.runtime.scheduler.state import CLASSES
+from flexirl.policies.heuristics.base import ChunkedPrefill, Episodes, require
+from flexirl.policies.interface.decision import CLASSES
+from flexirl.policies.interface.view import View
+from flexirl.workloads.slo import SLO
+
+NO_BUDGET_S = 1e-9  # shorter than any iteration
+BUDGET_RANGE = (0.05, 4.0)  # of the promised time per output token: where the latency budget is looked for
+BUDGET_PRECISION = 1.03  # the search ends when its bounds are this factor apart
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,12 @@ class HyGen(ChunkedPrefill):
     tolerance: float
 
     name = "hygen"
+
+    def tuned(self, episodes: Episodes, slo: SLO, seed: int) -> HyGen:
+        """See `Heuristic.tuned`."""
+        if self.latency_budget_s is not None:
+            return self
+        return replace(self, latency_budget_s=search_budget(self, episodes, slo))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,3 +59,30 @@ class HyGen(ChunkedPrefill):
         super().prepare(decision, view)
         decision["discipline"] = CLASSES
         decision["deferred_step_s"] = self.latency_budget_s
+
+
+def search_budget(policy: HyGen, episodes: Episodes, slo: SLO) -> float:
+    """The largest latency budget in seconds whose immediate attainment stays within the policy's tolerance.
+
+    HyGen's profiler: a binary search, here on the logarithm. The measure is attainment relative to that of the policy
+    itself when no deferred work fits its budget. Infinity where even an unlimited budget keeps enough of it.
+    """
+
+    def attainment(budget_s: float) -> float:
+        return episodes.attainment(replace(policy, latency_budget_s=budget_s))
+
+    needed = (1.0 - policy.tolerance) * attainment(NO_BUDGET_S)
+
+    def keeps(budget_s: float) -> bool:
+        return attainment(budget_s) >= needed
+
+    if keeps(math.inf):
+        return math.inf
+    low_s, high_s = (share * slo.tpot_s for share in BUDGET_RANGE)
+    while high_s > low_s * BUDGET_PRECISION:
+        middle_s = math.sqrt(low_s * high_s)
+        if keeps(middle_s):
+            low_s = middle_s
+        else:
+            high_s = middle_s
+    return low_s

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flexirl.policies.heuristics.base import ChunkedPrefill, require
-from flexirl.policies.interface.policy import View
-from flexirl.runtime.scheduler.state import CLASSES, DEADLINE, FINISHED, RUNNING, WAITING
+from flexirl.policies.interface.decision import CLASSES, DEADLINE
+from flexirl.policies.interface.view import View
 from flexirl.workloads.trace import DEFERRED
 
 MEMORY = np.dtype([("revised_s", "f8"), ("tokens", "i8"), ("rate", "f8")])
@@ -73,25 +73,24 @@ class Laxity(ChunkedPrefill):
     def _urgency(self, view: View, now_s: float) -> float:
         first_look = not np.isfinite(self._memory["revised_s"])
         rate = self._rate(view, now_s)
-        requests = view.state.requests[view.state.requests["request_class"] == DEFERRED]
-        finished = requests["generated"][requests["status"] == FINISHED]
-        live = requests[np.isin(requests["status"], (WAITING, RUNNING)) & np.isfinite(requests["deadline_s"])]
+        group, requests = view.group(DEFERRED), view.requests()
+        live = requests[(requests["request_class"] == DEFERRED) & np.isfinite(requests["due_s"])]
         if len(live) == 0 or first_look:
             return 0.0
         if rate == 0.0:
             return 1.0  # starved since the start
         # Before any has finished, what the client allows is all that is known.
-        expected = finished.mean() if len(finished) else live["max_tokens"]
+        expected = group["finished_output"] / group["finished"] if group["finished"] > 0 else live["max_tokens"]
         owed = live["prompt_tokens"] + live["generated"] - live["computed"]
         left = owed + np.maximum(expected - live["generated"], 0.0)
-        order = np.argsort(live["deadline_s"], kind="stable")
-        due_s, window_s = live["deadline_s"][order], (live["deadline_s"] - live["arrival_s"])[order]
+        order = np.argsort(live["due_s"], kind="stable")
+        due_s, window_s = live["due_s"][order], (live["due_s"] - live["arrival_s"])[order]
         laxity_s = due_s - now_s - np.cumsum(left[order]) / rate
         return float(np.clip(1.0 - laxity_s / (self.ramp_share * window_s), 0.0, 1.0).max())
 
     def _rate(self, view: View, now_s: float) -> float:
         """Deferred tokens per second lately; 0 until some have been made."""
-        memory, group = self._memory, view.state.classes[DEFERRED]
+        memory, group = self._memory, view.group(DEFERRED)
         tokens = int(group["prompt_done"] + group["output_done"])
         rate = float(memory["rate"])
         if np.isfinite(memory["revised_s"]):

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexirl.policies.heuristics.base import ChunkedPrefill
-from flexirl.policies.interface.policy import View
-from flexirl.runtime.scheduler.state import ONE_QUEUE, PRIORITY
+from flexirl.policies.interface.decision import ONE_QUEUE, PRIORITY
+from flexirl.policies.interface.view import View
 
 
 @dataclass(frozen=True)

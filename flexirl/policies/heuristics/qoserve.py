@@ -22,14 +22,15 @@ Adapted:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from flexirl.policies.heuristics.base import Heuristic, deferred_head_first, require
-from flexirl.policies.interface.policy import View
+from flexirl.policies.interface.decision import CLASSES, DEADLINE, ONE_QUEUE, SHORTEST
+from flexirl.policies.interface.view import View
 from flexirl.runtime.profile.step_time import prefill_slope
-from flexirl.runtime.scheduler.state import CLASSES, DEADLINE, FINISHED, ONE_QUEUE, SHORTEST, WAITING
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 MEMORY = np.dtype([("revised_s", "f8"), ("most_waiting_tokens", "i8")])
@@ -79,7 +80,7 @@ class QoServe(Heuristic):
         """Lets the more urgent class go first."""
         memory, decision = self._memory, self._decision
         now_s = view.now_s
-        memory["most_waiting_tokens"] = max(int(memory["most_waiting_tokens"]), view.waiting_tokens(IMMEDIATE))
+        memory["most_waiting_tokens"] = max(memory["most_waiting_tokens"], view.group(IMMEDIATE)["waiting_tokens"])
         if now_s >= memory["revised_s"] + self.revise_s:
             self._revise(view, now_s)
         decision["discipline"] = ONE_QUEUE if deferred_head_first(view) else CLASSES
@@ -91,9 +92,13 @@ class QoServe(Heuristic):
         waited_s = int(memory["most_waiting_tokens"]) * prefill_slope(engine)
         low = waited_s <= self.low_load * view.slo.ttft_s
         memory[()] = (now_s, 0)
-        deferred = view.state.requests[view.state.requests["request_class"] == DEFERRED]
-        finished = deferred["generated"][deferred["status"] == FINISHED]
-        waiting = deferred["deadline_s"][deferred["status"] == WAITING]
+        deferred = view.group(DEFERRED)
         decision["order_weight_s"] = self.low_load_alpha_s if low else self.alpha_s
-        decision["expected_output"] = finished.mean() + 2.0 * finished.std() if len(finished) else 0.0
-        decision["deferred_order"] = DEADLINE if np.isfinite(waiting).any() else SHORTEST
+        decision["expected_output"] = _mean_and_two_deviations(deferred)
+        decision["deferred_order"] = DEADLINE if deferred["windowed"] > 0 else SHORTEST
+
+
+def _mean_and_two_deviations(group: np.ndarray) -> float:
+    """Of the output of the finished requests of a `GROUP`; 0 where none has finished."""
+    n, total, squares = (int(group[name]) for name in ("finished", "finished_output", "finished_output_squares"))
+    return total / n + 2.0 * math.sqrt(n * squares - total * total) / n if n else 0.0

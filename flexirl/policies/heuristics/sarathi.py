@@ -12,8 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexirl.policies.heuristics.base import ChunkedPrefill
-from flexirl.policies.interface.policy import View
-from flexirl.runtime.scheduler.state import LAST, NEWEST, ONE_QUEUE, PRIORITY, RECOMPUTE
+from flexirl.policies.interface.decision import (
+    LAST,
+    NEWEST,
+    ONE_QUEUE,
+    PRIORITY,
+    RECOMPUTE,
+)
+from flexirl.policies.interface.view import View
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flexirl.policies.heuristics.base import ChunkedPrefill, require
-from flexirl.policies.interface.policy import View
-from flexirl.runtime.scheduler.state import LEAST_OUTPUT, ONE_QUEUE, PRIORITY, RECOMPUTE
+from flexirl.policies.interface.decision import LEAST_OUTPUT, ONE_QUEUE, PRIORITY, RECOMPUTE
+from flexirl.policies.interface.view import View
 
 
 @dataclass(frozen=True)
@@ -81,19 +81,20 @@ class SGLang(ChunkedPrefill):
     def decide(self, view: View) -> np.ndarray:
         """Moves the ratio on by one iteration."""
         decision = self._decision
-        preemptions = view.preemptions()
-        running = int(view.state.scheduler["running"][0])
+        preemptions = int(view.arrays.groups["preemptions"].sum())
+        running = int(view.arrays.groups["running"].sum())
         if preemptions > self._seen:
             self._seen[()] = preemptions
             decision["reserve_ratio"] = self._ratio_after_retraction(view, running)
         elif running == 0:
             decision["reserve_ratio"] = self.start_ratio
-        elif view.state.batch["decode_sequences"][0] > 0:
+        elif view.arrays.now["decode_sequences"][0] > 0:
             step = (self.start_ratio - self.least_ratio) / self.decay_steps
             decision["reserve_ratio"] = max(float(decision["reserve_ratio"]) - step, self.least_ratio)
         return decision
 
     def _ratio_after_retraction(self, view: View, running: int) -> float:
-        left = view.state.requests[view.state.running[:running]]
+        requests = view.requests()
+        left = requests[requests["running"] == 1]
         made = int(left["generated"].sum()) + self.retract_steps * running
         return min(made / (int(left["max_tokens"].sum()) + 1), 1.0)

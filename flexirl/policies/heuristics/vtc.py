@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexirl.policies.heuristics.base import ChunkedPrefill
-from flexirl.policies.interface.policy import View
-from flexirl.runtime.scheduler.state import CLASSES, FAIR, ONE_QUEUE
+from flexirl.policies.interface.decision import CLASSES, FAIR, ONE_QUEUE
+from flexirl.policies.interface.view import View
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,7 @@ from typing import NamedTuple
 import numba as nb
 import numpy as np
 
-from flexirl.policies.interface.observation import VISIBLE, visible_requests
-from flexirl.policies.interface.policy import View
-from flexirl.runtime.scheduler.queues import NONE, rescore
-from flexirl.runtime.scheduler.state import (
+from flexirl.policies.interface.decision import (
     ARRIVAL,
     CHEAPER,
     CLASSES,
@@ -23,8 +20,9 @@ from flexirl.runtime.scheduler.state import (
     ONE_QUEUE,
     SCORE,
     SHORTEST,
-    State,
+    default_decision,
 )
+from flexirl.policies.interface.view import NONE
 from flexirl.workloads.trace import IMMEDIATE
 
 SCHEMA = "flexirl-action-2"
@@ -73,9 +71,8 @@ PREEMPTS = len(GRID) - 1  # the choice that preempts: masked where nothing defer
 
 
 @nb.njit(cache=True)
-def set_dials(state: State, dials: np.ndarray, tpot_s: float, immediate_order: int, deferred_order: int) -> None:
-    """Writes the decision that `dials` (float, NUM_DIALS, cut to [-1, 1]) stand for into the state."""
-    decision = state.decision[0]
+def set_dials(decision, dials: np.ndarray, tpot_s: float, immediate_order: int, deferred_order: int) -> None:
+    """Writes what `dials` (float, NUM_DIALS, cut to [-1, 1]) stand for into `decision`, a `DECISION` record."""
     decision.discipline = CLASSES
     decision.decodes_first = 1
     decision.immediate_order = immediate_order
@@ -90,6 +87,7 @@ def set_dials(state: State, dials: np.ndarray, tpot_s: float, immediate_order: i
     decision.reserve_clip = np.inf
     decision.order_weight_s = ORDER_WEIGHT_S
     decision.expected_output = 0.0
+    decision.scored = 0
     dials = np.minimum(np.maximum(dials, -1.0), 1.0)
     decision.immediate_slack = 0.9 + 0.6 * dials[0]
     decision.deferred_slack = 0.7 + 0.6 * dials[1]
@@ -102,25 +100,30 @@ def set_dials(state: State, dials: np.ndarray, tpot_s: float, immediate_order: i
 
 
 @nb.njit(cache=True)
-def set_scores(state: State, scores: np.ndarray, tpot_s: float) -> None:
-    """Scores the visible requests (float, VISIBLE, in [-1, 1]); all else stands as with dials at zero.
+def set_scores(decision, scores: np.ndarray, visible: np.ndarray, tpot_s: float) -> None:
+    """Scores the visible requests (scores: float, VISIBLE, in [-1, 1]; visible: `SEEN`); else as dials at zero.
 
     A request's rank is its score plus 1 if it is immediate: by default immediate requests go first.
     """
-    set_dials(state, np.zeros(NUM_DIALS, scores.dtype), tpot_s, SCORE, SCORE)
-    decision = state.decision[0]
+    set_dials(decision, np.zeros(NUM_DIALS, scores.dtype), tpot_s, SCORE, SCORE)
     decision.discipline = ONE_QUEUE
     decision.victim = LOWEST_SCORE
-    numbers = np.empty(VISIBLE, np.int32)
-    visible_requests(state, numbers)
-    for i in range(VISIBLE):
-        if numbers[i] != NONE:
-            prior = 1.0 if state.requests[numbers[i]].request_class == IMMEDIATE else 0.0
-            rescore(state, numbers[i], prior + min(max(scores[i], -1.0), 1.0))
+    count = 0
+    for i in range(len(visible)):
+        if visible[i].request != NONE:
+            prior = 1.0 if visible[i].request_class == IMMEDIATE else 0.0
+            decision.scored_requests[count] = visible[i].request
+            decision.scores[count] = prior + min(max(scores[i], -1.0), 1.0)
+            count += 1
+    decision.scored = count
 
 
-def decision_from_dials(dials: np.ndarray, view: View) -> np.ndarray:
-    """The decision (0-d array of `DECISION`) that `dials` (NUM_DIALS floats in [-1, 1]) stand for in this engine."""
+def decision_from_dials(dials: np.ndarray, tpot_s: float) -> np.ndarray:
+    """The decision (0-d array of `DECISION`) that `dials` (NUM_DIALS floats in [-1, 1]) stand for.
+
+    tpot_s: the promised time per output token, the dials' unit of time.
+    """
+    decision = np.array([default_decision()])
     orders = (ORDERS[DEFAULT_IMMEDIATE_ORDER], ORDERS[DEFAULT_DEFERRED_ORDER])
-    set_dials(view.state, np.asarray(dials, np.float32), view.slo.tpot_s, *orders)
-    return view.state.decision[0].copy()
+    set_dials(decision[0], np.asarray(dials, np.float32), tpot_s, *orders)
+    return decision.reshape(())

@@ -1,7 +1,7 @@
 """What a policy observes: numbers in units of the promise and of the engine's capacity, so that they transfer.
 
-`TABLE` documents every number in its place. Compiled code fills them in for an environment, and the same code does for
-a policy deployed in an engine. `SCHEMA` changes whenever the meaning of any number does.
+`TABLE` documents every number in its place. Compiled code fills them in by name, from the view of an engine: the same
+for an environment and for a policy deployed anywhere. `SCHEMA` changes whenever the meaning of any number does.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from typing import NamedTuple
 import numba as nb
 import numpy as np
 
-from flexirl.runtime.profile.step_time import prefill_slope, step_time
-from flexirl.runtime.scheduler.queues import NONE, first_waiting, head, owed_tokens
-from flexirl.runtime.scheduler.state import RUNNING, State
+from flexirl.policies.interface.view import AHEAD_LIMIT, NONE, VISIBLE, ViewArrays
+from flexirl.runtime.profile.step_time import decode_step_time, prefill_slope
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 SCHEMA = "flexirl-observation-3"
@@ -78,11 +77,6 @@ REQUEST_TABLE = (
     Feature("generated", "output tokens so far", "tokens", "log(1 + n) / 5", 0, 2),
     Feature("predicted", "predicted output tokens to come; 0 without a predictor", "tokens", "log(1 + n) / 5", 0, 2),
 )
-VISIBLE_PER_QUEUE = 4  # of each class in the waiting queues; and twice as many of the running batch
-VISIBLE = 4 * VISIBLE_PER_QUEUE
-
-PROMISE = np.dtype([("ttft_s", "f8"), ("tpot_s", "f8")], align=True)  # the units of time
-
 MEMORY = np.dtype(  # what the running means need between two observations
     [
         ("now_s", "f8"),
@@ -110,6 +104,22 @@ MEMORY = np.dtype(  # what the running means need between two observations
 )
 
 
+NUMBERS = np.dtype([(feature.name, "f4") for feature in TABLE])
+REQUEST_NUMBERS = np.dtype([(feature.name, "f4") for feature in REQUEST_TABLE])
+
+
+class Observer(NamedTuple):
+    """What it takes to observe one engine; those of many engines have a leading axis, but for the bounds."""
+
+    memory: np.ndarray  # MEMORY (1,), what it remembers of the engine
+    numbers: np.ndarray  # NUMBERS (1,): the observation by name
+    requests: np.ndarray  # REQUEST_NUMBERS (VISIBLE,), or (0,) where single requests are not looked at
+    flat_numbers: np.ndarray  # float32 (SIZE,): the same memory as `numbers`
+    flat_requests: np.ndarray  # float32, and as `requests`
+    low: np.ndarray  # float32: the least value of each number of an observation
+    high: np.ndarray  # float32: the greatest
+
+
 def bounds(with_requests: bool) -> tuple[np.ndarray, np.ndarray]:
     """Lowest and highest value of each number: two float32 arrays."""
     features = list(TABLE) + (list(REQUEST_TABLE) * VISIBLE if with_requests else [])
@@ -119,17 +129,35 @@ def bounds(with_requests: bool) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
+def new_observers(count: int, with_requests: bool) -> Observer:
+    """Observers of `count` engines that have not seen them yet; with_requests: the visible requests one by one too."""
+    numbers = np.zeros((count, 1), NUMBERS)
+    requests = np.zeros((count, VISIBLE if with_requests else 0), REQUEST_NUMBERS)
+    return Observer(
+        np.zeros((count, 1), MEMORY), numbers, requests, numbers.view(np.float32),
+        requests.view(np.float32), *bounds(with_requests),
+    )  # fmt: skip
+
+
 @nb.njit(cache=True)
-def _remember(state: State, memory) -> float:
+def one_observer(observers: Observer, m: int) -> Observer:
+    """Number m of many."""
+    return Observer(
+        observers.memory[m], observers.numbers[m], observers.requests[m], observers.flat_numbers[m],
+        observers.flat_requests[m], observers.low, observers.high,
+    )  # fmt: skip
+
+
+@nb.njit(cache=True)
+def _remember(view: ViewArrays, memory) -> float:
     """Moves the running means to now; returns the mean step since the last observation, or 0."""
-    scheduler = state.scheduler[0]
-    immediate, deferred = state.classes[IMMEDIATE], state.classes[DEFERRED]
-    slope = prefill_slope(state.engine[0])
-    elapsed_s = scheduler.now_s - memory.now_s
+    now, immediate, deferred = view.now[0], view.groups[IMMEDIATE], view.groups[DEFERRED]
+    slope = prefill_slope(view.profile[0])
+    elapsed_s = now.now_s - memory.now_s
     preemptions = immediate.preemptions + deferred.preemptions
     deferred_done = deferred.prompt_done + deferred.output_done
-    iterations = scheduler.iterations - memory.iterations
-    step_s = (scheduler.busy_s - memory.busy_s) / iterations if iterations > 0 else 0.0
+    iterations = now.iterations - memory.iterations
+    step_s = (now.busy_s - memory.busy_s) / iterations if iterations > 0 else 0.0
     if elapsed_s > 0:
         demand = (immediate.arrived_prompt - memory.arrived_prompt) * slope / elapsed_s
         memory.arrivals_1s += (1 - np.exp(-elapsed_s)) * (demand - memory.arrivals_1s)
@@ -146,156 +174,132 @@ def _remember(state: State, memory) -> float:
         memory.deferred_5s += keep_5s * (done - memory.deferred_5s)
         memory.preemptions_5s += keep_5s * ((preemptions - memory.preemptions) / elapsed_s - memory.preemptions_5s)
         for c in range(2):
-            output = (state.classes[c].output_done - memory.output[c]) / elapsed_s
+            output = (view.groups[c].output_done - memory.output[c]) / elapsed_s
             memory.output_30s[c] += keep_30s * (output - memory.output_30s[c])
-            finished = (state.classes[c].finished - memory.finished[c]) / elapsed_s
+            finished = (view.groups[c].finished - memory.finished[c]) / elapsed_s
             memory.finished_30s[c] += keep_30s * (finished - memory.finished_30s[c])
-    memory.now_s = scheduler.now_s
-    memory.busy_s = scheduler.busy_s
-    memory.iterations = scheduler.iterations
+    memory.now_s = now.now_s
+    memory.busy_s = now.busy_s
+    memory.iterations = now.iterations
     memory.arrived = immediate.arrived
     memory.arrived_prompt = immediate.arrived_prompt
     memory.lost = immediate.lost
     memory.deferred_done = deferred_done
     memory.preemptions = preemptions
     for c in range(2):
-        memory.output[c] = state.classes[c].output_done
-        memory.finished[c] = state.classes[c].finished
+        memory.output[c] = view.groups[c].output_done
+        memory.finished[c] = view.groups[c].finished
     return step_s
 
 
 @nb.njit(cache=True)
-def observe(state: State, memory, promise, batch, low: np.ndarray, high: np.ndarray, out: np.ndarray) -> None:
-    """Fills `out` (float32) with the observation: `TABLE`, then, where `out` is longer, `REQUEST_TABLE` per request.
-
-    memory: a `MEMORY` record, changed; promise: a `PROMISE` record; batch: a `BATCH` record to work with.
-    """
-    step_s = _remember(state, memory)
-    scheduler, engine = state.scheduler[0], state.engine[0]
-    immediate, deferred = state.classes[IMMEDIATE], state.classes[DEFERRED]
+def observe(view: ViewArrays, observer: Observer, out: np.ndarray) -> None:
+    """Fills `out` (float32) with the observation: `TABLE`, then, if it looks at them, `REQUEST_TABLE` per request."""
+    numbers, memory, promise = observer.numbers[0], observer.memory[0], view.promise[0]
+    step_s = _remember(view, memory)
+    engine = view.profile[0]
     slope_per_ttft = prefill_slope(engine) / promise.ttft_s
-    decodes, contexts = np.zeros(2), np.zeros(2)
-    owed = np.zeros(2)
-    ahead_min, ahead_sum, paced, behind = 2.0, 0.0, 0, 0
-    for i in range(scheduler.running):
-        request = state.requests[state.running[i]]
-        group = request.request_class
-        tokens = owed_tokens(request)
-        if tokens > 1:
-            owed[group] += tokens
-            continue
-        decodes[group] += 1
-        contexts[group] += request.computed + 1
-        if group == IMMEDIATE and request.tpot_slo_s < np.inf:
-            lead = _lead(request, scheduler.now_s) / 8.0
-            ahead_min = min(ahead_min, lead)
-            ahead_sum += min(max(lead, -2.0), 2.0)
-            behind += 1 if lead < 0 else 0
-            paced += 1
-
-    out[0] = np.log1p(immediate.waiting - immediate.relegated) / 5.0
-    out[1] = (immediate.waiting_tokens - immediate.relegated_tokens) * slope_per_ttft
-    first = head(state, IMMEDIATE)
-    out[2] = 0.0
-    if first != NONE and not state.requests[first].relegated:
-        out[2] = (scheduler.now_s - state.requests[first].arrival_s) / promise.ttft_s
-    out[3] = immediate.running / engine.max_running
-    out[4] = immediate.kv_blocks / engine.kv_blocks
-    out[5] = owed[IMMEDIATE] * slope_per_ttft
-    out[6] = ahead_min
-    out[7] = ahead_sum / paced if paced > 0 else 2.0
-    out[8] = behind / paced if paced > 0 else 0.0
-    out[9] = np.log1p(deferred.waiting) / 5.0
-    first = head(state, DEFERRED)
-    out[10] = 0.0
-    out[32] = np.inf
-    out[33] = 0.0
-    if first != NONE:
-        next_one = state.requests[first]
-        left_s = max(next_one.deadline_s - scheduler.now_s, 1e-3)
-        out[10] = deferred.waiting_tokens * prefill_slope(engine) / left_s
-        out[32] = np.log1p(left_s / promise.ttft_s) / 5.0
-        out[33] = 1.0 if next_one.predicted_output_tokens > 0 else 0.0
-    out[11] = deferred.running / engine.max_running
-    out[12] = deferred.kv_blocks / engine.kv_blocks
-    out[13] = owed[DEFERRED] * slope_per_ttft
-    out[14] = scheduler.free_blocks / engine.kv_blocks
-    out[15] = 1.0 - scheduler.host_free_blocks / engine.host_kv_blocks if engine.host_kv_blocks > 0 else 0.0
-    out[16] = step_s / promise.tpot_s
-    out[17] = _decode_step(engine, batch, decodes.sum(), contexts.sum()) / promise.tpot_s
-    out[18] = _decode_step(engine, batch, decodes[IMMEDIATE], contexts[IMMEDIATE]) / promise.tpot_s
-    out[19] = memory.arrivals_1s
-    out[20] = memory.arrivals_5s
-    out[21] = memory.arrivals_30s
-    out[22] = memory.lost_10s / memory.arrived_10s if memory.arrived_10s > 0 else 0.0
-    out[23] = memory.deferred_5s
-    out[24] = np.log1p(memory.preemptions_5s)
-    out[25] = np.log1p(immediate.relegated) / 5.0
-    out[26] = memory.arrivals_30s / (memory.arrived_30s * promise.ttft_s) if memory.arrived_30s > 0 else 0.0
-    out[27] = np.log1p(memory.arrived_30s * promise.ttft_s)
-    out[28] = _decode_step(engine, batch, 1.0, 1.0) / promise.tpot_s
-    out[29] = np.log1p(engine.kv_blocks * engine.block_size * slope_per_ttft) / 2.0
-    for c in range(2):
-        finished = memory.finished_30s[c]
-        out[30 + c] = np.log1p(memory.output_30s[c] / finished) / 5.0 if finished > 0 else 0.0
-    if len(out) > SIZE:
-        _observe_requests(state, promise, slope_per_ttft, out[SIZE:])
-    for i in range(len(out)):
-        out[i] = min(max(out[i], low[i]), high[i])
+    _observe_immediate(view, slope_per_ttft, numbers)
+    _observe_deferred(view, slope_per_ttft, numbers)
+    _observe_engine(view, slope_per_ttft, numbers)
+    numbers.step_mean = step_s / promise.tpot_s
+    _observe_past(memory, promise.ttft_s, numbers)
+    for i in range(len(observer.requests)):
+        _observe_request(view, i, slope_per_ttft, observer.requests[i])
+    size = len(observer.flat_numbers)
+    for i in range(size):
+        out[i] = min(max(observer.flat_numbers[i], observer.low[i]), observer.high[i])
+    for i in range(len(observer.flat_requests)):
+        out[size + i] = min(max(observer.flat_requests[i], observer.low[size + i]), observer.high[size + i])
 
 
 @nb.njit(cache=True)
-def _lead(request, now_s: float) -> float:
-    """Tokens by which a decoding request is ahead of its promised pace."""
-    return request.generated - (now_s - request.first_token_s) / request.tpot_slo_s
+def _observe_immediate(view: ViewArrays, slope_per_ttft: float, numbers) -> None:
+    immediate, engine, promise = view.groups[IMMEDIATE], view.profile[0], view.promise[0]
+    numbers.immediate_waiting = np.log1p(immediate.waiting - immediate.relegated) / 5.0
+    numbers.immediate_owed = (immediate.waiting_tokens - immediate.relegated_tokens) * slope_per_ttft
+    numbers.immediate_wait = 0.0
+    if immediate.head and not immediate.head_relegated:
+        numbers.immediate_wait = (view.now[0].now_s - immediate.head_arrival_s) / promise.ttft_s
+    numbers.immediate_running = immediate.running / engine.max_running
+    numbers.immediate_kv = immediate.kv_blocks / engine.kv_blocks
+    numbers.immediate_unprefilled = immediate.unprefilled * slope_per_ttft
+    paced = immediate.paced
+    numbers.immediate_ahead_min = min(immediate.ahead_min, AHEAD_LIMIT) / 8.0
+    numbers.immediate_ahead_mean = immediate.ahead_sum / 8.0 / paced if paced > 0 else AHEAD_LIMIT / 8.0
+    numbers.immediate_behind = immediate.behind / paced if paced > 0 else 0.0
+    numbers.immediate_given_up = np.log1p(immediate.relegated) / 5.0
 
 
 @nb.njit(cache=True)
-def _decode_step(engine, batch, sequences: float, context: float) -> float:
-    batch.decode_sequences = int(sequences)
-    batch.sampled_sequences = int(sequences)
-    batch.decode_context = context
-    return step_time(engine, batch)
+def _observe_deferred(view: ViewArrays, slope_per_ttft: float, numbers) -> None:
+    deferred, engine, promise = view.groups[DEFERRED], view.profile[0], view.promise[0]
+    numbers.deferred_waiting = np.log1p(deferred.waiting) / 5.0
+    numbers.deferred_urgency = 0.0
+    numbers.deferred_window = np.inf
+    numbers.deferred_predicted = 0.0
+    if deferred.head:
+        left_s = max(deferred.head_deadline_s - view.now[0].now_s, 1e-3)
+        numbers.deferred_urgency = deferred.waiting_tokens * prefill_slope(engine) / left_s
+        numbers.deferred_window = np.log1p(left_s / promise.ttft_s) / 5.0
+        numbers.deferred_predicted = 1.0 if deferred.head_predicted > 0 else 0.0
+    numbers.deferred_running = deferred.running / engine.max_running
+    numbers.deferred_kv = deferred.kv_blocks / engine.kv_blocks
+    numbers.deferred_unprefilled = deferred.unprefilled * slope_per_ttft
 
 
 @nb.njit(cache=True)
-def visible_requests(state: State, out: np.ndarray) -> None:
-    """Writes the numbers of the visible requests into `out` (int32, VISIBLE), NONE where there is no such request.
-
-    The first immediate and deferred ones waiting, then the newest of the running batch.
-    """
-    out[:] = NONE
-    first_waiting(state, IMMEDIATE, out[:VISIBLE_PER_QUEUE])
-    first_waiting(state, DEFERRED, out[VISIBLE_PER_QUEUE : 2 * VISIBLE_PER_QUEUE])
-    running = state.scheduler[0].running
-    for i in range(min(running, 2 * VISIBLE_PER_QUEUE)):
-        out[2 * VISIBLE_PER_QUEUE + i] = state.running[running - 1 - i]
+def _observe_engine(view: ViewArrays, slope_per_ttft: float, numbers) -> None:
+    now, engine, tpot_s = view.now[0], view.profile[0], view.promise[0].tpot_s
+    immediate, deferred = view.groups[IMMEDIATE], view.groups[DEFERRED]
+    numbers.kv_free = now.free_blocks / engine.kv_blocks
+    numbers.host_kv_used = 1.0 - now.host_free_blocks / engine.host_kv_blocks if engine.host_kv_blocks > 0 else 0.0
+    decodes, context = immediate.decodes + deferred.decodes, immediate.decode_context + deferred.decode_context
+    numbers.step_all = decode_step_time(engine, decodes, context) / tpot_s
+    numbers.step_immediate = decode_step_time(engine, immediate.decodes, immediate.decode_context) / tpot_s
+    numbers.least_step = decode_step_time(engine, 1, 1.0) / tpot_s
+    numbers.cache_prefill = np.log1p(engine.kv_blocks * engine.block_size * slope_per_ttft) / 2.0
 
 
 @nb.njit(cache=True)
-def _observe_requests(state: State, promise, slope_per_ttft: float, out: np.ndarray) -> None:
-    engine, now_s = state.engine[0], state.scheduler[0].now_s
-    numbers = np.empty(VISIBLE, np.int32)
-    visible_requests(state, numbers)
-    width = len(REQUEST_TABLE)
-    for i in range(VISIBLE):
-        row = out[i * width : (i + 1) * width]
-        row[:] = 0.0
-        if numbers[i] == NONE:
-            continue
-        request = state.requests[numbers[i]]
-        due_s = request.deadline_s
-        if request.request_class == IMMEDIATE:
-            due_s = request.ttft_deadline_s
-            if request.generated > 0:
-                due_s = request.first_token_s + request.tpot_slo_s * request.generated
-        blocks = request.kv_blocks
-        if request.status != RUNNING:
-            blocks = (request.prompt_tokens + request.generated) // engine.block_size + 1
-        row[0] = 1.0
-        row[1] = 1.0 if request.request_class == DEFERRED else 0.0
-        row[2] = owed_tokens(request) * slope_per_ttft
-        row[3] = (due_s - now_s) / promise.ttft_s
-        row[4] = 4.0 * blocks / engine.kv_blocks
-        row[5] = np.log1p(request.generated) / 5.0
-        row[6] = np.log1p(max(request.predicted_output_tokens - request.generated, 0)) / 5.0
+def _observe_past(memory, ttft_s: float, numbers) -> None:
+    numbers.arrivals_1s = memory.arrivals_1s
+    numbers.arrivals_5s = memory.arrivals_5s
+    numbers.arrivals_30s = memory.arrivals_30s
+    numbers.lost_10s = memory.lost_10s / memory.arrived_10s if memory.arrived_10s > 0 else 0.0
+    numbers.deferred_rate_5s = memory.deferred_5s
+    numbers.preemptions_5s = np.log1p(memory.preemptions_5s)
+    numbers.prompt_mean_30s = memory.arrivals_30s / (memory.arrived_30s * ttft_s) if memory.arrived_30s > 0 else 0.0
+    numbers.arrived_30s = np.log1p(memory.arrived_30s * ttft_s)
+    numbers.immediate_output = _output_per_finished(memory, IMMEDIATE)
+    numbers.deferred_output = _output_per_finished(memory, DEFERRED)
+
+
+@nb.njit(cache=True)
+def _output_per_finished(memory, c: int) -> float:
+    finished = memory.finished_30s[c]
+    return np.log1p(memory.output_30s[c] / finished) / 5.0 if finished > 0 else 0.0
+
+
+@nb.njit(cache=True)
+def _observe_request(view: ViewArrays, i: int, slope_per_ttft: float, numbers) -> None:
+    request, engine = view.visible[i], view.profile[0]
+    numbers.present = 0.0
+    numbers.deferred = 0.0
+    numbers.owed = 0.0
+    numbers.slack = 0.0
+    numbers.kv = 0.0
+    numbers.generated = 0.0
+    numbers.predicted = 0.0
+    if request.request == NONE:
+        return
+    blocks = request.kv_blocks
+    if not request.running:
+        blocks = (request.prompt_tokens + request.generated) // engine.block_size + 1
+    numbers.present = 1.0
+    numbers.deferred = 1.0 if request.request_class == DEFERRED else 0.0
+    numbers.owed = (request.prompt_tokens + request.generated - request.computed) * slope_per_ttft
+    numbers.slack = (request.due_s - view.now[0].now_s) / view.promise[0].ttft_s
+    numbers.kv = 4.0 * blocks / engine.kv_blocks
+    numbers.generated = np.log1p(request.generated) / 5.0
+    numbers.predicted = np.log1p(max(request.predicted_output_tokens - request.generated, 0)) / 5.0

@@ -16,11 +16,11 @@ from torch import nn
 
 from flexirl import __version__
 from flexirl.errors import UserError
+from flexirl.policies.deploy.learned import FORMAT
 from flexirl.policies.interface import action, observation
 from flexirl.policies.training.agents import NORMALISED_LIMIT, Normaliser
 
 OPSET = 17
-FORMAT = "flexirl-policy-1"
 
 
 class _Graph:

@@ -29,7 +29,7 @@ from flexirl.runtime.live.sampling import Sampling
 from flexirl.runtime.profile.engine import UNITS, EngineProfile, make_profile
 from flexirl.runtime.profile.step_time import BATCH, COEFFICIENTS, design_matrix, fit
 from flexirl.runtime.scheduler.kv_cache import blocks_for
-from flexirl.workloads.scenario import SLO
+from flexirl.workloads.slo import SLO
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE, Trace
 
 REPEATS = 5  # runs of each drawn iteration: their median is its time, their spread the noise

@@ -27,16 +27,18 @@ import numba as nb
 import numpy as np
 
 from flexirl.errors import UserError
-from flexirl.policies.interface.policy import Policy, View
+from flexirl.policies.interface.policy import Policy
 from flexirl.runtime.fitting.operators import read_meta
 from flexirl.runtime.profile.engine import EngineProfile
 from flexirl.runtime.profile.step_time import step_time
 from flexirl.runtime.scheduler.books import seats_taken
-from flexirl.runtime.scheduler.plan import apply, commit, plan, settle
+from flexirl.runtime.scheduler.commit import commit, settle
+from flexirl.runtime.scheduler.looking import Lookout
+from flexirl.runtime.scheduler.plan import apply, plan
 from flexirl.runtime.scheduler.state import FINISHED, State
 from flexirl.runtime.simulator.simulation import start
 from flexirl.runtime.simulator.surrogate import arrive
-from flexirl.workloads.scenario import SLO
+from flexirl.workloads.slo import SLO
 from flexirl.workloads.trace import Trace, check, empty_rows
 
 # Running and waiting requests and the share of the KV cache in use, `now_s` seconds after the first arrival.
@@ -147,13 +149,13 @@ def replay(
     Without step-time noise. Raises UserError if the engine refuses a request.
     """
     state = start(engine, trace, seed=0)
-    view = View(state, SLO(np.inf, np.inf))
-    policy.reset(view)
+    lookout = Lookout(state, SLO(np.inf, np.inf))
+    policy.reset(lookout.view)
     queued_s = trace.rows["arrival_s"].copy()
     series: list[tuple[float, ...]] = []
     choice = np.zeros(1, dtype=_CHOICE)
     while int(state.classes["finished"].sum() + state.classes["ended_otherwise"].sum()) < len(trace):
-        state.decision[0] = policy.decide(view)
+        state.decision[0] = policy.decide(lookout.look())
         _advance(state, trace.rows, asynchronous, queued_s, choice, len(series) * tick_s)
         series.append(_series_row(state))
     requests = state.requests

@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flexirl.errors import UserError
-from flexirl.policies.interface.policy import Policy, View
+from flexirl.policies.interface.decision import RECOMPUTE
+from flexirl.policies.interface.policy import Policy
 from flexirl.runtime.live.block_table import new_block_table
 from flexirl.runtime.live.clock import Clock, WallClock
 from flexirl.runtime.live.executor import Batch, Executor, Interrupted, Moves, OutOfMemory
+from flexirl.runtime.live.guarded import Guard
 from flexirl.runtime.live.iteration import Counts, LiveState, finish, new_flat_batch, new_request_arrays, prepare
 from flexirl.runtime.live.request_table import enter, leave
 from flexirl.runtime.live.requests import ERROR, LENGTH, STOP, Completion, Output, Request, Update
@@ -29,21 +31,23 @@ from flexirl.runtime.live.sampling import SAMPLING
 from flexirl.runtime.live.shadow import Shadow
 from flexirl.runtime.scheduler.accounts import histogram_percentile
 from flexirl.runtime.scheduler.books import itl_bin
+from flexirl.runtime.scheduler.commit import abandon, settle
+from flexirl.runtime.scheduler.intake import cancel
 from flexirl.runtime.scheduler.kv_cache import blocks_for
-from flexirl.runtime.scheduler.plan import abandon, apply, cancel, settle
+from flexirl.runtime.scheduler.looking import Lookout
+from flexirl.runtime.scheduler.plan import apply
 from flexirl.runtime.scheduler.state import (
     CANCELLED,
     EXPIRED,
     FUTURE,
     ITL_BINS,
-    RECOMPUTE,
     REJECTED,
     STATUS_NAMES,
     State,
     new_states,
 )
 from flexirl.runtime.simulator import surrogate
-from flexirl.workloads.scenario import SLO
+from flexirl.workloads.slo import SLO
 from flexirl.workloads.trace import TRACE_ROW, empty_rows
 
 _LOG = logging.getLogger(__name__)
@@ -55,7 +59,7 @@ _PATIENCE = 256  # iterations that have to fit before larger ones are tried agai
 class Step(NamedTuple):
     """One iteration, for whoever records them."""
 
-    view: View  # of the engine, live
+    state: State  # of the engine, live
     began_s: float  # on the engine's clock
     elapsed_s: float
     abandoned: bool
@@ -102,7 +106,8 @@ class LiveEngine:
         profile = executor.profile
         self.policy = policy
         self.state: State = State(*(array[0] for array in new_states(1, profile, max_requests, num_tenants)))
-        self.view = View(self.state, slo)
+        self.slo = slo
+        self._lookout = Lookout(self.state, slo)
         self._executor = executor
         self._tokenizer = tokenizer
         self._interval_s = interval_s
@@ -111,6 +116,7 @@ class LiveEngine:
         self._seed = seed
         self._shadow = shadow
         self._on_end = on_end
+        self._guard = Guard()
         self._on_step = on_step
 
         self._block_size = int(profile.values["block_size"])
@@ -164,9 +170,9 @@ class LiveEngine:
         surrogate.start(self.state, empty_rows(0), no_promises, seed)
         # No bound on a real iteration is certain, so a promise is broken when its time has passed and not before.
         self.state.scheduler["fastest_step_s"] = 0.0
-        self.policy.reset(self.view)
+        self.policy.reset(self._lookout.look())
         if self._shadow is not None:
-            self._shadow.reset(self.view)
+            self._shadow.reset(self._lookout.view)
 
     # ------------------------------------------------------------------------------------------ from any thread
 
@@ -189,7 +195,12 @@ class LiveEngine:
         self._wake.set()
 
     def cancel(self, request_id: str) -> None:
-        """Ends a request, whatever it is doing, and frees all it holds; nothing happens if it has ended already."""
+        """Ends a request, whatever it is doing, and frees all it holds; nothing happens if it has ended already.
+
+        Raises UserError for what is no id.
+        """
+        if not isinstance(request_id, str):
+            raise UserError(f"{request_id!r} is no request's id; give the text that the request has as its id.")
         self._inbox.append(request_id)
         self._wake.set()
 
@@ -206,13 +217,23 @@ class LiveEngine:
     # --------------------------------------------------------------------------------------------- running
 
     @property
+    def now_s(self) -> float:
+        """Seconds on the scheduler's clock."""
+        return float(self.state.scheduler["now_s"][0])
+
+    @property
+    def iterations(self) -> int:
+        """Iterations since the start."""
+        return int(self.state.scheduler["iterations"][0])
+
+    @property
     def unfinished(self) -> int:
         """Requests taken in that have not ended."""
         return len(self._known)
 
     def run(self, until_s: float = _NEVER_S) -> None:
         """Decides and runs until the clock reaches `until_s` or `stop` is called."""
-        while not self._stopping and self.view.now_s < until_s:
+        while not self._stopping and self.now_s < until_s:
             self._decide_and_advance(until_s)
 
     def drain(self, patience_s: float = 30.0) -> None:
@@ -220,8 +241,8 @@ class LiveEngine:
         iterations, since_s = 0, self.clock.now_s()
         while self.unfinished and not self._stopping:
             now_s = self.clock.now_s()
-            if self._expected or self._inbox or self.view.iterations > iterations:
-                iterations, since_s = self.view.iterations, now_s
+            if self._expected or self._inbox or self.iterations > iterations:
+                iterations, since_s = self.iterations, now_s
             elif now_s > since_s + patience_s:
                 return
             self._decide_and_advance(now_s + patience_s)
@@ -229,22 +250,22 @@ class LiveEngine:
     def _decide_and_advance(self, until_s: float) -> None:
         self.decide()
         if self.policy.every_iteration:
-            self.advance(until_s, 1)
+            # If nothing may run it is asked again all the same: what it said is no reason for ever.
+            self.advance(min(self.clock.now_s() + self._interval_s, until_s), 1)
         else:
             # At multiples of the interval; an iteration that lasts longer leaves some out.
-            self._intervals = max(self._intervals, int(self.view.now_s / self._interval_s)) + 1
+            self._intervals = max(self._intervals, int(self.now_s / self._interval_s)) + 1
             self.advance(min(self._intervals * self._interval_s, until_s))
 
     def decide(self) -> None:
         """Asks the policy and puts its decision in force from the next `advance` on."""
         self._decide_now = False
-        if self._shadow is not None:
-            self._shadow.see(self.state)
+        view = self._lookout.look()
         began_s = time.perf_counter()
-        self.state.decision[0] = self.policy.decide(self.view)
+        self.state.decision[0] = self._guard.ask(self.policy, view)
         self._decision_histogram[itl_bin(time.perf_counter() - began_s)] += 1
         if self._shadow is not None:
-            self._shadow.compare(self.state.decision[0])
+            self._shadow.compare(view, self.state.decision[0])
 
     def advance(self, until_s: float, max_iterations: int = 0) -> None:
         """Runs under the current decision until the clock reaches `until_s` or after `max_iterations` iterations.
@@ -269,7 +290,7 @@ class LiveEngine:
         """Ends every request between two iterations; the executor can then serve another engine."""
         for request_id in list(self._known):
             self.cancel(request_id)
-        self.advance(self.view.now_s)
+        self.advance(self.now_s)
 
     def metrics(self) -> dict[str, float]:
         """Counts since the start, and how long decisions took (seconds; 0 before the first)."""
@@ -287,7 +308,9 @@ class LiveEngine:
             "swapped_tokens": int(scheduler["swapped_tokens"]),
             "device_failures": self._device_failures,
             "policy_swaps": self._policy_swaps,
-            "fallback_decisions": sum(getattr(self.policy, "failures", {}).values()),  # of a learned policy
+            "fallback_decisions": self._guard.failures.get("policy", 0)
+            + sum(getattr(self.policy, "failures", {}).values()),
+            "callback_failures": sum(count for what, count in self._guard.failures.items() if what != "policy"),
             "shadow_differences": 0 if self._shadow is None else self._shadow.differences,
             "decisions": int(self._decision_histogram.sum()),
             "decision_median_s": histogram_percentile(self._decision_histogram, 50) or 0.0,
@@ -324,7 +347,7 @@ class LiveEngine:
     def _enter(self, request: Request, arrival_s: float) -> None:
         """Gives a request a place in the table and submits it."""
         r = self._places.popleft()
-        output = Output(request, self._tokenizer)
+        output = Output(request, self._tokenizer, self._guard)
         self._outputs[r] = output
         self._place_of[request.id] = r
         sampling, arrays = request.sampling, self._arrays
@@ -338,7 +361,7 @@ class LiveEngine:
         self._sampling[r] = (sampling.temperature, sampling.top_p, sampling.top_k, logprobs)
         self._watched += output.watched
         self._particular += not sampling.plain
-        row = _row(request, arrival_s, self.view.slo)
+        row = _row(request, arrival_s, self.slo)
         if request.images:
             row["num_images"], row["image_tokens"] = len(request.images), self._executor.check_images(request)
             self._executor.take_images(r, request)
@@ -355,14 +378,13 @@ class LiveEngine:
                 del self._expected[i]
                 heapq.heapify(self._expected)
                 completion = Completion(request_id, [], STATUS_NAMES[CANCELLED])
-                if request.listener is not None:
-                    request.listener(Update(request_id, None, "", completion))
+                self._guard.call("listener", request.listener, Update(request_id, None, "", completion))
                 self._report(completion)
                 return
 
     def _swap(self, policy: Policy) -> None:
         try:
-            policy.reset(self.view)
+            policy.reset(self._lookout.look())
         except Exception as error:  # requests must not suffer for it
             _LOG.warning("%s cannot take over (%s); %s goes on", policy.name, error, self.policy.name)
             return
@@ -380,7 +402,7 @@ class LiveEngine:
 
     def _let_pass(self, now_s: float) -> None:
         """Moves the scheduler's clock on without an iteration, and books what fell due meanwhile."""
-        if now_s > self.view.now_s:
+        if now_s > self.now_s:
             self.state.scheduler["now_s"] = now_s
             settle(self.state)
             self._collect_ended()
@@ -390,7 +412,7 @@ class LiveEngine:
     def _iterate(self) -> bool:
         """Plans and computes one iteration; False if nothing may run now."""
         state, flat = self.state, self._flat
-        began, began_s = self.clock.now_s(), self.view.now_s
+        began, began_s = self.clock.now_s(), self.now_s
         save_blocks = 0
         if self._save_blocks > 0 and state.decision["preemption"][0] != RECOMPUTE:
             save_blocks = min(self._save_blocks, self._executor.free_host_blocks)
@@ -417,7 +439,8 @@ class LiveEngine:
             self._abandoned += 1
             self._abandon(began_s)
             if self._on_step is not None:
-                self._on_step(self._step(counts, ids, began_s, began, prepared, self.clock.now_s(), None))
+                step = self._step(counts, ids, began_s, began, prepared, self.clock.now_s(), None)
+                self._guard.call("on_step", self._on_step, step)
             return True
         except OutOfMemory:
             self._abandon(began_s)
@@ -447,7 +470,8 @@ class LiveEngine:
                 self._complete(int(sampled[i]), STOP if flat.stops[i] else LENGTH)
         self._collect_ended(ended_otherwise)
         if self._on_step is not None:
-            self._on_step(self._step(counts, ids, began_s, began, prepared, executed, outcome.forward_s))
+            step = self._step(counts, ids, began_s, began, prepared, executed, outcome.forward_s)
+            self._guard.call("on_step", self._on_step, step)
         return True
 
     def _batch(self, counts: Counts) -> Batch:
@@ -524,13 +548,13 @@ class LiveEngine:
     def _grow_back(self) -> None:
         """Iterations fit again: lets them grow, since whatever took the memory may be gone."""
         budget = int(self.state.engine["max_tokens_per_step"][0])
-        if self.view.iterations >= self._shrunk_at + _PATIENCE:
+        if self.iterations >= self._shrunk_at + _PATIENCE:
             self._set_budget(min(2 * budget, int(self._executor.profile.values["max_tokens_per_step"])))
 
     def _set_budget(self, tokens: int) -> None:
         self.state.engine["max_tokens_per_step"] = tokens
         self._shrunk = tokens < int(self._executor.profile.values["max_tokens_per_step"])
-        self._shrunk_at = self.view.iterations
+        self._shrunk_at = self.iterations
 
     def _ids(self, counts: Counts) -> list[str]:
         return [self._output(r).request.id for r in self._flat.requests[: counts.requests].tolist()]
@@ -547,9 +571,9 @@ class LiveEngine:
     ) -> Step:
         """The iteration just booked, for `on_step`; forward_s: None if it was broken off."""
         return Step(
-            view=self.view,
+            state=self.state,
             began_s=began_s,
-            elapsed_s=self.view.now_s - began_s,
+            elapsed_s=self.now_s - began_s,
             abandoned=forward_s is None,
             requests=ids,
             tokens=self._flat.query_lens[: counts.requests].tolist(),
@@ -599,8 +623,7 @@ class LiveEngine:
     def _report(self, completion: Completion) -> None:
         with self._lock:
             self._known.discard(completion.id)
-        if self._on_end is not None:
-            self._on_end(completion)
+        self._guard.call("on_end", self._on_end, completion)
 
 
 def _row(request: Request, arrival_s: float, slo: SLO) -> np.ndarray:

@@ -14,8 +14,9 @@ from numba.experimental import structref
 from flexirl.runtime.live.block_table import BlockTable, reconcile
 from flexirl.runtime.profile.engine import EngineProfile
 from flexirl.runtime.scheduler.books import best_effort
+from flexirl.runtime.scheduler.commit import commit, stop_after
 from flexirl.runtime.scheduler.kv_cache import blocks_for
-from flexirl.runtime.scheduler.plan import commit, plan, stop_after
+from flexirl.runtime.scheduler.plan import plan
 from flexirl.runtime.scheduler.state import State
 from flexirl.workloads.trace import DEFERRED
 

@@ -72,7 +72,7 @@ class Recording:
             finite = {field: value if abs(value) < float("inf") else "unlimited" for field, value in changed.items()}
             self._event(ph="i", s="t", name="decision", tid=_DECISIONS, ts=_microseconds(step.began_s), args=finite)
             self._decision = step.decision
-        row = timeline_row(step.view.state)
+        row = timeline_row(step.state)
         self._rows.writerow(row)
         stands = dict(zip(TIMELINE.names or (), row, strict=True))
         for counter in ("waiting", "running", "kv_share"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
-from flexirl.runtime.scheduler.plan import fill_in, submit
+from flexirl.runtime.scheduler.intake import fill_in, submit
 from flexirl.runtime.scheduler.state import State
 from flexirl.workloads.trace import IMMEDIATE
 

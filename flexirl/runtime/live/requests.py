@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flexirl.errors import UserError
+from flexirl.runtime.live.guarded import Guard
 from flexirl.runtime.live.sampling import Logprobs, Sampling
 from flexirl.runtime.live.text import Detokenizer, StopStrings
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
@@ -89,8 +90,33 @@ class Request:
         """True for a request with someone waiting for it."""
         return self.request_class == IMMEDIATE
 
+    def _check_kinds(self) -> None:
+        """Raises UserError for what is not even of the right kind, so that nobody else meets it."""
+        if not _is_text(self.id):
+            raise UserError(f"Request id {self.id!r} is no text that UTF-8 can write; give another.")
+        for name in ("max_tokens", "tenant", "predicted_output_tokens", "request_class"):
+            value = getattr(self, name)
+            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            if not whole or not -1 << 31 <= value < 1 << 31:
+                raise UserError(f"Request {self.id} has {name}={value!r}; give a whole number below 2^31.")
+        for name in ("ttft_s", "tpot_s", "window_s"):
+            value = getattr(self, name)
+            if value is None and name != "window_s":
+                continue
+            if not _is_number(value) or not value > 0:
+                raise UserError(f"Request {self.id} has {name}={value!r}; give a positive number of seconds.")
+        if self.arrival_s is not None and not (_is_number(self.arrival_s) and abs(self.arrival_s) < _NEVER_S):
+            raise UserError(
+                f"Request {self.id} has arrival_s={self.arrival_s!r}; give finite seconds, or leave it out."
+            )
+        if self.predicted_output_tokens < 0:
+            raise UserError(
+                f"Request {self.id} has predicted_output_tokens={self.predicted_output_tokens}; 0 is none predicted."
+            )
+
     def check(self, max_model_len: int, vocab_size: int, num_tenants: int, has_tokenizer: bool) -> None:
         """Raises UserError if an engine with these limits cannot run it."""
+        self._check_kinds()
         longest = len(self.prompt) + self.max_tokens
         if len(self.prompt) == 0:
             raise UserError(f"Request {self.id} has an empty prompt; give at least one token.")
@@ -115,10 +141,23 @@ class Request:
             raise UserError(f"Request {self.id} has tenant={self.tenant}, which is not from 0 to {num_tenants - 1}.")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def _is_text(value: object) -> bool:
+    """True for a text that UTF-8 can write; half a surrogate pair is none."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
 class Output:
     """What is to be known of a request's tokens as they come: their text, where it matters before the end."""
 
-    def __init__(self, request: Request, tokenizer: Any) -> None:
+    def __init__(self, request: Request, tokenizer: Any, guard: Guard) -> None:
+        self._guard = guard
         self.request = request
         self.error: str | None = None
         self._tokenizer = tokenizer
@@ -150,7 +189,7 @@ class Output:
     def tell(self, token: int) -> None:
         """Lets the listener know a token that `watch` has seen and that is not the last."""
         if self.request.listener is not None:
-            self.request.listener(Update(self.request.id, token, self._untold(), None))
+            self._guard.call("listener", self.request.listener, Update(self.request.id, token, self._untold(), None))
 
     def _untold(self) -> str:
         text = "".join(self._texts[self._told :])
@@ -182,7 +221,8 @@ class Output:
         )
         if self.request.listener is not None:
             token = token_ids[-1] if finish_reason in (STOP, LENGTH) else None
-            self.request.listener(Update(self.request.id, token, self._untold(), completion))
+            update = Update(self.request.id, token, self._untold(), completion)
+            self._guard.call("listener", self.request.listener, update)
         return completion
 
 

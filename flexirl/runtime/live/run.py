@@ -16,7 +16,7 @@ from flexirl.runtime.live.requests import Request
 from flexirl.runtime.live.sampling import Sampling
 from flexirl.runtime.scheduler.accounts import Prices, Snapshot, account
 from flexirl.runtime.simulator.simulation import TIMELINE, TIMELINE_STEP_S, Run, timeline_row
-from flexirl.workloads.scenario import SLO
+from flexirl.workloads.slo import SLO
 from flexirl.workloads.trace import Trace
 
 _ALL_TOKENS = Sampling(ignore_eos=True)  # outputs are as long as the trace has them
@@ -46,9 +46,9 @@ def run_live(
     def watch(step: Step) -> None:
         now_s = step.began_s + step.elapsed_s
         if not before and now_s >= warmup_s:
-            before.append(Snapshot.of(step.view.state))
+            before.append(Snapshot.of(step.state))
         if not timeline or now_s >= timeline[-1][0] + TIMELINE_STEP_S * 0.999:
-            timeline.append(timeline_row(step.view.state))
+            timeline.append(timeline_row(step.state))
 
     live = LiveEngine(
         executor, policy, slo, clock=VirtualClock(), interval_s=interval_s, max_requests=max(len(trace), 1),

@@ -1,7 +1,4 @@
-"""A shadow policy: asked on the same view as the policy in charge, never obeyed; where it differs is written down.
-
-It decides on a copy of the engine's state, since a policy may write into the one it is shown.
-"""
+"""A shadow policy: asked on the same view as the policy in charge, never obeyed; where it differs is written down."""
 
 from __future__ import annotations
 
@@ -12,11 +9,13 @@ from types import TracebackType
 
 import numpy as np
 
-from flexirl.policies.interface.policy import Policy, View
-from flexirl.runtime.scheduler.state import State
+from flexirl.policies.interface.decision import DECISION
+from flexirl.policies.interface.policy import Policy
+from flexirl.policies.interface.view import View
 
 _LOG = logging.getLogger(__name__)
 COLUMNS = ("time_s", "field", "decided", "shadow")
+_COMPARED = [name for name in DECISION.names or () if DECISION[name].shape == ()]  # not scores of single requests
 
 
 class Shadow:
@@ -44,31 +43,25 @@ class Shadow:
 
     def reset(self, view: View) -> None:
         """Called once, before the first decision."""
-        self._view = View(State(*(array.copy() for array in view.state)), view.slo)
         try:
-            self.policy.reset(self._view)
+            self.policy.reset(view)
         except Exception as error:
             self._fail(error)
 
-    def see(self, state: State) -> None:
-        """Remembers what the policy in charge is about to be shown."""
-        for mine, theirs in zip(self._view.state, state, strict=True):
-            mine[...] = theirs
-
-    def compare(self, decision: np.ndarray) -> None:
+    def compare(self, view: View, decision: np.ndarray) -> None:
         """Asks what the shadow would have said in place of `decision`, a 0-d array of `DECISION`."""
         if self._failed:
             return
         try:
-            other = self.policy.decide(self._view)
+            other = self.policy.decide(view)
         except Exception as error:  # the engine must not suffer for it
             self._fail(error)
             return
         self.asked += 1
-        differing = [name for name in decision.dtype.names or () if decision[name] != other[name]]
+        differing = [name for name in _COMPARED if decision[name] != other[name]]
         self.differences += bool(differing)
         for name in differing:
-            self._rows.writerow((self._view.now_s, name, decision[name].item(), other[name].item()))
+            self._rows.writerow((view.now_s, name, decision[name].item(), other[name].item()))
 
     def _fail(self, error: Exception) -> None:
         self._failed = True

@@ -100,6 +100,12 @@ def step_time(engine, batch):
 
 
 @njit(cache=True)
+def decode_step_time(engine, sequences: int, context: float) -> float:
+    """Seconds of an iteration of `sequences` decodes and nothing else, which attend to `context` tokens together."""
+    return _seconds(engine, 0, sequences, sequences, context, 0.0, 0.0, 0.0)
+
+
+@njit(cache=True)
 def step_time_with_decodes(engine, batch, sequences, context):
     """The same if more decodes, which attend to `context` tokens together, joined the batch."""
     return _seconds(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
+from flexirl.policies.interface.decision import ONE_QUEUE
+from flexirl.policies.interface.view import NONE
 from flexirl.runtime.profile.step_time import prefill_slope
 from flexirl.runtime.scheduler.books import best_effort, end_waiting, seats_taken
 from flexirl.runtime.scheduler.composition import chunk_within_target, enlist, image_tokens_of_chunk
 from flexirl.runtime.scheduler.kv_cache import allocate, blocks_for, reclaim
 from flexirl.runtime.scheduler.preemption import ONLY_BEST_EFFORT, preempt, victim_within
-from flexirl.runtime.scheduler.queues import NONE, head, merged_head, push, remove
-from flexirl.runtime.scheduler.state import EXPIRED, ONE_QUEUE, RUNNING, State
+from flexirl.runtime.scheduler.queues import head, merged_head, push, remove
+from flexirl.runtime.scheduler.state import EXPIRED, RUNNING, State
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 

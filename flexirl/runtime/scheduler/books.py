@@ -7,7 +7,14 @@ import numpy as np
 
 from flexirl.runtime.scheduler.kv_cache import forget, release
 from flexirl.runtime.scheduler.queues import remove
-from flexirl.runtime.scheduler.state import EXPIRED, FINISHED, FUTURE, ITL_BINS, RUNNING, State
+from flexirl.runtime.scheduler.state import (
+    EXPIRED,
+    FINISHED,
+    FUTURE,
+    ITL_BINS,
+    RUNNING,
+    State,
+)
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 # Weights of the service that fairness counts (VTC: an output token costs twice an input token).
@@ -171,6 +178,8 @@ def book_end(state: State, r: int, now_s: float) -> None:
     state.tenants[request.tenant].active -= 1
     if request.status == FINISHED:
         group.finished += 1
+        group.finished_output += request.generated
+        group.finished_output_squares += request.generated * np.int64(request.generated)
         if now_s > request.deadline_s:
             _book_loss(state, r)
     else:

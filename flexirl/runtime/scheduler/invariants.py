@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
+from flexirl.policies.interface.decision import FAIR
+from flexirl.policies.interface.view import NONE
 from flexirl.runtime.scheduler.kv_cache import blocks_for
-from flexirl.runtime.scheduler.queues import NONE
-from flexirl.runtime.scheduler.state import CANCELLED, EXPIRED, FAIR, FINISHED, REJECTED, RUNNING, WAITING, State
+from flexirl.runtime.scheduler.state import (
+    CANCELLED,
+    EXPIRED,
+    FINISHED,
+    REJECTED,
+    RUNNING,
+    WAITING,
+    State,
+)
 
 
 def check_invariants(state: State, reused: bool = False) -> None:

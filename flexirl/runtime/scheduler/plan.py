@@ -1,4 +1,4 @@
-"""The scheduler: `plan` decides which request runs how many tokens in this iteration, `commit` books what it did.
+"""The scheduler's choice: `apply` puts a Decision in force, `plan` decides which request runs how many tokens.
 
 This is mechanism. What it prefers is the policy's Decision (`state.decision`); what it guarantees whatever the policy
 says: blocks are never over-committed, a request is in exactly one state, an iteration stays within its token budget,
@@ -10,99 +10,37 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
+from flexirl.policies.interface.decision import CLASSES
+from flexirl.policies.interface.view import NONE
 from flexirl.runtime.profile.step_time import decodes_cost, step_time_with_decodes
 from flexirl.runtime.scheduler.admission import admit_waiting
 from flexirl.runtime.scheduler.books import (
-    OUTPUT_SERVICE,
     best_effort,
-    book_end,
-    book_first_token,
-    book_prompt,
     compact,
-    end_running,
-    end_waiting,
-    itl_bin,
-    join_tenant,
-    last_token_due_s,
     next_token_due_s,
-    overdue,
-    settle_first_tokens,
-    settle_running,
-    total_blocks,
 )
 from flexirl.runtime.scheduler.composition import chunk_within_target, enlist
-from flexirl.runtime.scheduler.kv_cache import allocate, blocks_for, trim
+from flexirl.runtime.scheduler.kv_cache import allocate
 from flexirl.runtime.scheduler.preemption import ONLY_DEFERRED, grow, preempt, victim_within
-from flexirl.runtime.scheduler.queues import NONE, owed_tokens, push, reorder
+from flexirl.runtime.scheduler.queues import owed_tokens, reorder, rescore
 from flexirl.runtime.scheduler.state import (
-    CANCELLED,
-    CLASSES,
     DECODES,
-    FINISHED,
     LATER_DECODES,
     LATER_PREFILLS,
     PREFILLS,
-    REJECTED,
     RUNNING,
-    WAITING,
     State,
 )
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 
 @nb.njit(cache=True)
-def fill_in(request, row) -> None:
-    """Copies what the client asked for from a `TRACE_ROW` record into a `REQUEST` record; `submit` does the rest."""
-    request.arrival_s = row.arrival_s
-    request.ttft_deadline_s = row.arrival_s + row.ttft_slo_s
-    request.tpot_slo_s = row.tpot_slo_s
-    request.deadline_s = row.arrival_s + row.window_s
-    request.request_class = row.request_class
-    request.tenant = row.tenant
-    request.prompt_tokens = row.prompt_tokens
-    request.output_tokens = row.output_tokens
-    request.max_tokens = row.max_tokens
-    request.predicted_output_tokens = row.predicted_output_tokens
-    request.num_images = row.num_images
-    request.image_tokens = row.image_tokens
-    request.prefix_tokens = row.prefix_tokens
-
-
-@nb.njit(cache=True)
-def submit(state: State, r: int) -> None:
-    """Takes in request r, whose client's side is filled in: queues it, or rejects what could never fit."""
-    scheduler, request = state.scheduler[0], state.requests[r]
-    group, engine = state.classes[request.request_class], state.engine[0]
-    request.generated = 0
-    request.computed = 0
-    request.scheduled = 0
-    request.kv_blocks = 0
-    request.host_blocks = 0
-    request.cached_blocks = 0
-    request.saved = 0
-    request.furthest = 0
-    request.preemptions = 0
-    request.relegated = 0
-    request.missed = 0
-    request.score = 1.0 if request.request_class == IMMEDIATE else 0.0
-    request.first_token_s = np.inf
-    request.last_token_s = np.inf
-    request.finish_s = np.inf
-    group.arrived += 1
-    group.arrived_prompt += request.prompt_tokens
-    longest = request.prompt_tokens + request.max_tokens
-    join_tenant(state, request.tenant)
-    if longest > engine.max_model_len or blocks_for(longest, engine.block_size) > total_blocks(state):
-        request.status = REJECTED
-        book_end(state, r, scheduler.now_s)
-    else:
-        push(state, r)
-
-
-@nb.njit(cache=True)
 def apply(state: State) -> None:
-    """Puts a new decision into force: sorts the queues as it says and makes its one-off preemptions."""
+    """Puts a new decision into force: scores, sorts the queues, makes its one-off preemptions."""
     decision = state.decision[0]
+    for i in range(decision.scored):
+        rescore(state, decision.scored_requests[i], decision.scores[i])
+    decision.scored = 0  # a score stays with its request, not with the number
     reorder(state, IMMEDIATE, decision.immediate_order, decision.order_weight_s, decision.expected_output)
     reorder(state, DEFERRED, decision.deferred_order, decision.order_weight_s, decision.expected_output)
     for _ in range(decision.preempt_count):
@@ -144,118 +82,6 @@ def plan(state: State) -> None:
     scheduler.joined = 0
     if state.classes[IMMEDIATE].preempted + state.classes[DEFERRED].preempted > 0:
         compact(state)
-
-
-@nb.njit(cache=True)
-def commit(state: State, elapsed_s: float) -> None:
-    """Books the planned iteration, which took `elapsed_s` seconds: progress, tokens, broken promises, who ended."""
-    scheduler = state.scheduler[0]
-    began_s = scheduler.now_s
-    now_s = began_s + elapsed_s
-    scheduler.now_s = now_s
-    scheduler.iterations += 1
-    scheduler.busy_s += elapsed_s
-    scheduler.kv_block_s += elapsed_s * (total_blocks(state) - scheduler.free_blocks)
-    state.batch[0].swap_tokens = 0.0
-    one_tenant = len(state.tenants) == 1
-    tokens_made, immediate_tokens, first_tokens, paused = 0, 0, 0, 0  # all but the first of immediate requests
-    kept = 0
-    for i in range(scheduler.running):
-        r = state.running[i]
-        request = state.requests[np.uintp(r)]
-        tokens = request.scheduled
-        if tokens > 0:
-            request.scheduled = 0
-            request.computed += tokens
-            if request.computed <= request.prompt_tokens:
-                book_prompt(state, r)
-            if owed_tokens(request) == 0:
-                request.generated += 1
-                is_immediate = request.request_class == IMMEDIATE
-                immediate_tokens += is_immediate
-                tokens_made += 1
-                if not one_tenant:
-                    state.tenants[request.tenant].service += OUTPUT_SERVICE
-                if request.generated == 1:
-                    first_tokens += is_immediate
-                    book_first_token(state, r, now_s)
-                elif is_immediate & (request.last_token_s != began_s):  # it paused
-                    paused += 1
-                    state.itl_histogram[itl_bin(now_s - request.last_token_s)] += 1
-                request.last_token_s = now_s
-                if request.generated == request.output_tokens:
-                    request.status = FINISHED
-                    end_running(state, r, now_s)
-                    continue
-        if overdue(scheduler, request) and settle_running(state, r):
-            continue
-        state.running[np.uintp(kept)] = r
-        kept += 1
-    scheduler.running = kept
-    if immediate_tokens > 0:
-        state.itl_histogram[itl_bin(elapsed_s)] += immediate_tokens - first_tokens - paused
-    state.classes[IMMEDIATE].output_done += immediate_tokens
-    state.classes[DEFERRED].output_done += tokens_made - immediate_tokens
-    if one_tenant:
-        state.tenants[0].service += OUTPUT_SERVICE * tokens_made
-    settle_first_tokens(state)
-
-
-@nb.njit(cache=True)
-def stop_after(state: State, r: int) -> None:
-    """Makes the token that request r samples in the planned iteration its last one.
-
-    A live engine does not know an output's length before it ends: until then `output_tokens` is `max_tokens`, and what
-    was counted on it is put right here, between `plan` and `commit`.
-    """
-    request = state.requests[r]
-    group = state.classes[request.request_class]
-    if request.missed == 1:
-        group.lost_output += request.generated + 1 - request.output_tokens
-    request.output_tokens = request.generated + 1
-    if request.request_class == IMMEDIATE and request.generated > 0:
-        request.deadline_s = min(request.deadline_s, last_token_due_s(request, request.first_token_s))
-
-
-@nb.njit(cache=True)
-def abandon(state: State, elapsed_s: float) -> None:
-    """Books that the planned iteration was broken off after `elapsed_s` seconds: none of its tokens was computed."""
-    scheduler = state.scheduler[0]
-    scheduler.now_s += elapsed_s
-    scheduler.busy_s += elapsed_s
-    scheduler.kv_block_s += elapsed_s * (total_blocks(state) - scheduler.free_blocks)
-    state.batch[0].swap_tokens = 0.0
-    for i in range(scheduler.running):
-        r = state.running[i]
-        if state.requests[r].scheduled > 0:
-            state.requests[r].scheduled = 0
-            trim(state, r, blocks_for(state.requests[r].computed, state.engine[0].block_size))
-    settle(state)
-
-
-@nb.njit(cache=True)
-def settle(state: State) -> None:
-    """Books what fell due while the clock moved without an iteration: broken promises, windows that closed."""
-    scheduler = state.scheduler[0]
-    ended = False
-    for i in range(scheduler.running):
-        if overdue(scheduler, state.requests[state.running[i]]):
-            ended |= settle_running(state, state.running[i])
-    if ended:
-        compact(state)
-    settle_first_tokens(state)
-
-
-@nb.njit(cache=True)
-def cancel(state: State, r: int) -> None:
-    """Ends request r between two iterations and frees all it holds; nothing happens if it has ended already."""
-    request = state.requests[r]
-    if request.status == RUNNING:
-        request.status = CANCELLED
-        end_running(state, r, state.scheduler[0].now_s)
-        compact(state)
-    elif request.status == WAITING:
-        end_waiting(state, r, CANCELLED)
 
 
 @nb.njit(cache=True)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import numba as nb
 
-from flexirl.runtime.profile.step_time import prefill_slope
-from flexirl.runtime.scheduler.books import best_effort
-from flexirl.runtime.scheduler.composition import count_in_batch
-from flexirl.runtime.scheduler.kv_cache import allocate, blocks_for, release
-from flexirl.runtime.scheduler.queues import NONE, push
-from flexirl.runtime.scheduler.state import (
+from flexirl.policies.interface.decision import (
     CHEAPER,
     LAST,
     LEAST_OUTPUT,
     LOWEST_SCORE,
     ONE_QUEUE,
     RECOMPUTE,
-    RUNNING,
-    State,
 )
+from flexirl.policies.interface.view import NONE
+from flexirl.runtime.profile.step_time import prefill_slope
+from flexirl.runtime.scheduler.books import best_effort
+from flexirl.runtime.scheduler.composition import count_in_batch
+from flexirl.runtime.scheduler.kv_cache import allocate, blocks_for, release
+from flexirl.runtime.scheduler.queues import push
+from flexirl.runtime.scheduler.state import RUNNING, State
 from flexirl.workloads.trace import DEFERRED
 
 # Whom an eviction may hit: any running request, work that may wait (`best_effort`), or deferred requests alone.

@@ -10,11 +10,17 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
+from flexirl.policies.interface.decision import (
+    ARRIVAL,
+    DEADLINE,
+    FAIR,
+    SCORE,
+    SHORTEST,
+)
+from flexirl.policies.interface.view import NONE
 from flexirl.runtime.profile.step_time import decodes_cost, prefill_slope
-from flexirl.runtime.scheduler.state import ARRIVAL, DEADLINE, FAIR, SCORE, SHORTEST, WAITING, State
+from flexirl.runtime.scheduler.state import WAITING, State
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
-
-NONE = -1
 
 
 @nb.njit(cache=True, inline="always")
@@ -94,6 +100,7 @@ _LATEST_KEY = 5e11
 def _count(group, request, sign: int) -> None:
     group.waiting += sign
     group.waiting_tokens += sign * owed_tokens(request)
+    group.windowed += sign * (request.deadline_s < np.inf)
     if request.relegated:
         group.relegated += sign
         group.relegated_tokens += sign * owed_tokens(request)
@@ -186,7 +193,7 @@ def reorder(state: State, request_class: int, order: int, weight_s: float, expec
     group.order_expected = expected
     state.lanes[request_class, :] = NONE
     waiting = group.waiting
-    group.waiting = group.waiting_tokens = 0
+    group.waiting = group.waiting_tokens = group.windowed = 0
     group.relegated = group.relegated_tokens = 0
     r = 0
     while group.waiting < waiting:

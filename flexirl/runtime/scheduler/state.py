@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flexirl.policies.interface.decision import DECISION, default_decision
 from flexirl.runtime.profile.engine import ENGINE, EngineProfile
 from flexirl.runtime.profile.step_time import BATCH
 
@@ -68,6 +69,7 @@ CLASS = np.dtype(  # one record per request class
         ("waiting_tokens", "i8"),  # prefill tokens (recomputation included) owed to the waiting requests
         ("relegated", "i8"),  # of the waiting ones, those given up, and what they are owed
         ("relegated_tokens", "i8"),
+        ("windowed", "i8"),  # of the waiting ones, those whose window ends at some time
         ("running", "i8"),
         ("kv_blocks", "i8"),
         ("preempted", "i8"),  # preemptions in the current iteration
@@ -78,6 +80,8 @@ CLASS = np.dtype(  # one record per request class
         ("arrived", "i8"),
         ("arrived_prompt", "i8"),
         ("finished", "i8"),
+        ("finished_output", "i8"),  # output tokens of the finished ones, and the sum of their squares
+        ("finished_output_squares", "i8"),
         ("ended_otherwise", "i8"),  # expired, rejected or cancelled
         ("preemptions", "i8"),
         ("prompt_done", "i8"),  # prompt tokens computed for the first time
@@ -139,70 +143,6 @@ WORK = np.dtype(  # one record per kind of work: its requests and, if all decode
 )
 
 SEGMENT = np.dtype([("owner", "i4"), ("blocks", "i4")], align=True)  # freed blocks, oldest first; owner -1: nobody
-
-# Queue orders. DEADLINE sorts by deadline + order_weight_s x remaining tokens: EDF at 0, laxity below, QoServe above.
-# SHORTEST by remaining tokens. Of deferred requests, predicted output counts as the prefill that takes as long.
-ARRIVAL, DEADLINE, SHORTEST, FAIR, SCORE = range(5)
-# Disciplines. ONE_QUEUE: the classes share one queue. PRIORITY: running requests first, then waiting ones, immediate
-# ahead of deferred. CLASSES: all immediate work, then deferred work in what is left.
-ONE_QUEUE, PRIORITY, CLASSES = range(3)
-# Victims. LAST: the newest in the running batch. NEWEST: latest arrival. LEAST_OUTPUT: fewest output tokens, then
-# longest prompt. LOWEST_SCORE. All take deferred requests before immediate ones, but for LAST in one queue.
-LAST, NEWEST, LEAST_OUTPUT, LOWEST_SCORE = range(4)
-# Preemption modes.
-CHEAPER, RECOMPUTE, SWAP = range(3)
-
-DECISION = np.dtype(
-    [
-        ("discipline", "i4"),
-        ("decodes_first", "i4"),  # 1: all decodes before any prefill chunk; 0: in the order of the running batch
-        ("immediate_order", "i4"),
-        ("deferred_order", "i4"),
-        ("victim", "i4"),
-        ("preemption", "i4"),
-        ("preempt_for_immediate", "i4"),  # 1: a waiting immediate request may take memory and seats from deferred ones
-        ("token_budget", "i4"),  # tokens per iteration, at most the engine's
-        ("preempt_count", "i4"),  # deferred requests to preempt now; above 0, none is admitted until the next decision
-        ("deferred_token_floor", "i4"),  # tokens per iteration that deferred work gets whatever its step target
-        # Immediate requests go behind all others if this many times their prefill, run alone, would make their first
-        # token late; 1 is those that cannot be saved, more gives up earlier, 0 never.
-        ("relegate", "f8"),
-        ("immediate_step_s", "f8"),  # prefill chunks of immediate requests keep the predicted step below this
-        ("deferred_step_s", "f8"),  # deferred tokens join while the predicted step stays below this
-        ("immediate_slack", "f8"),  # the same, as a share of the least slack of immediate decodes; 0: does not apply
-        ("deferred_slack", "f8"),  # likewise for deferred work
-        ("deferred_decodes", "f8"),  # share of deferred decodes that run all the same, their time being set aside
-        # Deferred requests with less time left in their window than this, or half of it, go behind the others.
-        ("deferred_margin_s", "f8"),
-        ("deferred_kv_share", "f8"),  # no deferred request is admitted above this share of the cache
-        ("reserve_ratio", "f8"),  # memory kept for running requests: this share (at most 1) of the output they may make
-        ("reserve_new_ratio", "f8"),  # the same for the request to be admitted
-        ("reserve_clip", "f8"),  # output tokens counted per request at most
-        ("order_weight_s", "f8"),  # seconds per remaining token in the DEADLINE order
-        # Output tokens a deferred request is expected to make, for the DEADLINE order where nothing predicts them.
-        ("expected_output", "f8"),
-    ],
-    align=True,
-)
-
-
-def default_decision() -> np.ndarray:
-    """The decision the dials are built around: immediate work first, deferred work in what is left, no limits.
-
-    A 0-d array of `DECISION`; every policy starts from it and changes what its rule needs.
-    """
-    decision = np.zeros((), dtype=DECISION)
-    decision["discipline"] = CLASSES
-    decision["decodes_first"] = 1
-    decision["victim"] = NEWEST
-    decision["preempt_for_immediate"] = 1
-    decision["token_budget"] = np.iinfo(np.int32).max
-    decision["immediate_step_s"] = np.inf
-    decision["deferred_step_s"] = np.inf
-    decision["deferred_kv_share"] = 1.0
-    decision["reserve_clip"] = np.inf
-    return decision
-
 
 ITL_BINS = 256
 _ITL_LOW_S, _ITL_PER_DECADE = 1e-5, 32.0  # 256 bins reach from 10 microseconds to 1,000 s, 7.5% wide

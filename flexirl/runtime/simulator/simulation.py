@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flexirl.policies.interface.policy import Policy, View
+from flexirl.policies.interface.policy import Policy
 from flexirl.runtime.profile.engine import EngineProfile
 from flexirl.runtime.scheduler.accounts import Prices, Snapshot, account
+from flexirl.runtime.scheduler.looking import Lookout
 from flexirl.runtime.scheduler.state import State, new_states
 from flexirl.runtime.simulator import surrogate
-from flexirl.workloads.scenario import SLO
+from flexirl.workloads.slo import SLO
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE, Trace
 
 # One row per decision, or per TIMELINE_STEP_S where decisions are denser.
@@ -74,24 +75,27 @@ def simulate(
     """
     began = time.perf_counter()
     state = start(engine, trace, seed)
-    view = View(state, slo)
+    lookout = Lookout(state, slo)
+    view = lookout.view
     policy.reset(view)
+    now_s = 0.0
     before: Snapshot | None = None
     timeline: list[tuple[float, ...]] = []
     decisions = 0
-    while view.now_s < duration_s:
-        if before is None and view.now_s >= warmup_s:
+    while now_s < duration_s:
+        if before is None and now_s >= warmup_s:
             before = Snapshot.of(state)
-        if not timeline or view.now_s >= timeline[-1][0] + TIMELINE_STEP_S * 0.999:
+        if not timeline or now_s >= timeline[-1][0] + TIMELINE_STEP_S * 0.999:
             timeline.append(timeline_row(state))
-        state.decision[0] = policy.decide(view)
+        state.decision[0] = policy.decide(lookout.look())
         if policy.every_iteration:
             surrogate.advance(state, trace.rows, duration_s, 1)
         else:
             decisions += 1
             until_s = min(decisions * interval_s, duration_s)
             surrogate.advance(state, trace.rows, until_s, 0)
-            decisions = max(decisions, int(view.now_s / interval_s))
+            decisions = max(decisions, int(state.scheduler["now_s"][0] / interval_s))
+        now_s = float(state.scheduler["now_s"][0])
     timeline.append(timeline_row(state))
     figures = account(state, before or Snapshot.of(state), warmup_s, prices or Prices())
     figures["wall_s"] = time.perf_counter() - began

@@ -9,6 +9,9 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
+from flexirl.policies.interface.decision import CLASSES, FAIR
+from flexirl.policies.interface.view import NONE
+from flexirl.runtime.borrow import borrow
 from flexirl.runtime.profile.step_time import step_time
 from flexirl.runtime.scheduler.admission import next_to_admit, shut_out, start_by_s
 from flexirl.runtime.scheduler.books import (
@@ -19,11 +22,12 @@ from flexirl.runtime.scheduler.books import (
     seats_taken,
     settle_first_tokens,
 )
-from flexirl.runtime.scheduler.borrow import borrow
+from flexirl.runtime.scheduler.commit import commit, settle
+from flexirl.runtime.scheduler.intake import fill_in, submit
 from flexirl.runtime.scheduler.kv_cache import allocate, blocks_for
-from flexirl.runtime.scheduler.plan import apply, commit, fill_in, plan, settle, submit
-from flexirl.runtime.scheduler.queues import NONE, head
-from flexirl.runtime.scheduler.state import CLASSES, FAIR, FUTURE, State
+from flexirl.runtime.scheduler.plan import apply, plan
+from flexirl.runtime.scheduler.queues import head
+from flexirl.runtime.scheduler.state import FUTURE, State
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 _NO_LIMIT = 1 << 62
@@ -80,6 +84,7 @@ def _clear_records(state: State) -> None:
         group.waiting_tokens = 0
         group.relegated = 0
         group.relegated_tokens = 0
+        group.windowed = 0
         group.running = 0
         group.kv_blocks = 0
         group.preempted = 0
@@ -89,6 +94,8 @@ def _clear_records(state: State) -> None:
         group.arrived = 0
         group.arrived_prompt = 0
         group.finished = 0
+        group.finished_output = 0
+        group.finished_output_squares = 0
         group.ended_otherwise = 0
         group.preemptions = 0
         group.prompt_done = 0

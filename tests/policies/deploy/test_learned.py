@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from agent_toys import make, setting
+from agent_toys import decisive_agent, make, setting
 from onnx import numpy_helper
-from test_export import decisive_agent
 
 from flexirl.envs.fleet import Fleet
 from flexirl.errors import UserError
 from flexirl.policies.deploy.learned import FALLBACK, LearnedPolicy, load_policy
 from flexirl.policies.interface.action import PREEMPTS
-from flexirl.policies.interface.policy import Policy, View
+from flexirl.policies.interface.policy import Policy
 from flexirl.policies.registry import make_policy
 from flexirl.policies.training.export import export
 from flexirl.runtime.scheduler.invariants import check_invariants
+from flexirl.runtime.scheduler.looking import Lookout
 from flexirl.runtime.simulator import simulation
 from flexirl.runtime.simulator.simulation import Run, simulate
 
@@ -303,7 +303,7 @@ def test_the_default_fallback_keeps_promises_when_asked_once_per_interval(export
 
 
 def test_an_unknown_fallback_is_named(exported: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match="'nobody' is unknown"):
+    with pytest.raises(UserError, match="'nobody' is no rule"):
         load_policy(exported["dials"], fallback="nobody")
 
 
@@ -315,7 +315,7 @@ def test_a_policy_must_be_reset_for_each_engine(exported: dict[str, Path]) -> No
     for seed in (1, 2):
         decisions = []
         for policy in (used, fresh):
-            view = View(simulation.start(task.engine, task.draw(seed), 0), task.slo)
+            view = Lookout(simulation.start(task.engine, task.draw(seed), 0), task.slo).view
             policy.reset(view)
             decisions.append(policy.decide(view).tobytes())
         assert decisions[0] == decisions[1]

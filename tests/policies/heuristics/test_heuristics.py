@@ -10,15 +10,19 @@ from toys import TICK_S, toy_engine
 
 from flexirl.errors import UserError
 from flexirl.policies.heuristics.base import slo_token_budget
-from flexirl.policies.interface.policy import Policy, View
-from flexirl.policies.registry import make_policy, policy_names
+from flexirl.policies.interface.decision import CLASSES, ONE_QUEUE, SHORTEST
+from flexirl.policies.interface.policy import Policy
+from flexirl.policies.interface.view import View
+from flexirl.policies.registry import make_policy
+from flexirl.policies.rules import rule_names
 from flexirl.runtime.profile.engine import EngineProfile, load_profile
 from flexirl.runtime.scheduler.invariants import check_invariants
+from flexirl.runtime.scheduler.looking import Lookout
 from flexirl.runtime.scheduler.plan import apply, plan
-from flexirl.runtime.scheduler.state import CLASSES, FINISHED, ONE_QUEUE, RUNNING, SHORTEST, WAITING, State
+from flexirl.runtime.scheduler.state import FINISHED, RUNNING, WAITING, State
 from flexirl.runtime.simulator import simulation, surrogate
 from flexirl.runtime.simulator.simulation import simulate
-from flexirl.workloads.scenario import SLO
+from flexirl.workloads.slo import SLO
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE, Trace, empty_rows
 
 TOY_SLO = SLO(ttft_s=1024 * TICK_S, tpot_s=32 * TICK_S)
@@ -49,8 +53,13 @@ class Play:
                 row[column] = value
         self.policy, self.trace = policy, Trace(rows, "toy", int(rows["tenant"].max()) + 1)
         self.state: State = simulation.start(engine or toy_engine(), self.trace, 0)
-        self.view = View(self.state, TOY_SLO)
+        self._lookout = Lookout(self.state, TOY_SLO)
         policy.reset(self.view)
+
+    @property
+    def view(self) -> View:
+        """The engine as it stands now."""
+        return self._lookout.look()
 
     def step(self, count: int = 1) -> list[int]:
         """Runs `count` iterations; tokens that each request computed in the last one."""
@@ -337,7 +346,7 @@ def test_fixed_dials_hold_what_the_dials_stand_for() -> None:
 
 # ---------------------------------------------------------------------------------------------- all rules
 
-ALL = [(name, {"latency_budget_s": 0.03} if name == "hygen" else {}) for name in policy_names()]
+ALL = [(name, {"latency_budget_s": 0.03} if name == "hygen" else {}) for name in rule_names()]
 
 
 def contended_trace(seed: int, duration_s: float, window_s: float = np.inf) -> Trace:
@@ -360,25 +369,25 @@ SMALL_H100 = load_profile("h100-llama-3.1-8b").replace(kv_blocks=3000, max_runni
 H100_SLO = SLO(1.0, 0.05)
 
 
-@pytest.mark.parametrize("name, knobs", ALL, ids=policy_names())
+@pytest.mark.parametrize("name, knobs", ALL, ids=rule_names())
 def test_every_policy_keeps_the_invariants_and_its_word(name: str, knobs: dict[str, Any]) -> None:
     policy = make_policy(name, knobs)
     assert policy.name == name
     trace = contended_trace(0, 6.0, window_s=5.0)
     state = simulation.start(SMALL_H100, trace, 0)
-    view = View(state, H100_SLO)
-    policy.reset(view)
+    lookout = Lookout(state, H100_SLO)
+    policy.reset(lookout.view)
     until_s = 0.0
-    while view.now_s < 6.0:
-        decision = policy.decide(view)
+    while lookout.look().now_s < 6.0:
+        decision = policy.decide(lookout.view)
         assert decision.dtype == state.decision.dtype and decision.shape == ()
         state.decision[0] = decision
-        until_s = view.now_s + 0.2
+        until_s = lookout.view.now_s + 0.2
         surrogate.advance(state, trace.rows, until_s, 1 if policy.every_iteration else 0)
         check_invariants(state)
 
 
-@pytest.mark.parametrize("name, knobs", ALL, ids=policy_names())
+@pytest.mark.parametrize("name, knobs", ALL, ids=rule_names())
 def test_every_policy_repeats_itself_also_from_one_object(name: str, knobs: dict[str, Any]) -> None:
     policy = make_policy(name, knobs)
     trace = contended_trace(1, 8.0)

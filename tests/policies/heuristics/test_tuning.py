@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexirl.policies.heuristics.tuning import tune
+from flexirl.policies.heuristics.base import tune
 from flexirl.policies.interface.action import NUM_DIALS
 from flexirl.policies.interface.policy import Policy
 from flexirl.policies.registry import make_policy
-from flexirl.workloads.scenario import SLO
+from flexirl.workloads.slo import SLO
 
 SLO_50_MS = SLO(1.0, 0.05)
 

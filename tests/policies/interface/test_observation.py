@@ -13,8 +13,9 @@ from flexirl.envs.fleet import Fleet, Task
 from flexirl.policies.deploy.decider import SETTINGS, decide, new_decider
 from flexirl.policies.deploy.network import Network
 from flexirl.policies.interface.action import NUM_DIALS, decision_from_dials
-from flexirl.policies.interface.observation import REQUEST_TABLE, SIZE, TABLE, VISIBLE, bounds
-from flexirl.policies.interface.policy import View
+from flexirl.policies.interface.decision import default_decision
+from flexirl.policies.interface.observation import REQUEST_TABLE, SIZE, TABLE, bounds
+from flexirl.policies.interface.view import VISIBLE, View
 from flexirl.runtime.scheduler.state import FINISHED, RUNNING, WAITING, State
 from flexirl.runtime.simulator.simulation import simulate
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
@@ -227,13 +228,13 @@ def test_a_deployed_policy_observes_what_it_observed_in_training() -> None:
             zeros = np.concatenate([np.zeros(SIZE), np.ones(SIZE), np.zeros((SIZE + 1) * NUM_DIALS)])
             network = Network(np.array([SIZE, NUM_DIALS]), zeros.astype(np.float32)[None], 10.0, False)
             self.observed, settings = np.zeros(SIZE, np.float32), np.zeros(1, SETTINGS)
-            self.decider = new_decider(view.state, network, view.slo, settings, self.observed)
+            self.decider = new_decider(view, network, settings, np.array([default_decision()]), self.observed)
             self.seen: list[np.ndarray] = []
 
         def decide(self, view: View) -> np.ndarray:
             assert decide(self.decider)
             self.seen.append(self.observed.copy())
-            return decision_from_dials(dials[len(self.seen) - 1][0], view)
+            return decision_from_dials(dials[len(self.seen) - 1][0], view.slo.tpot_s)
 
     recorder = Recorder()
     trace = task.draw(0)

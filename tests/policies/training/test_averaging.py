@@ -8,8 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from agent_toys import make
-from test_export import decisive_agent, random_observations
+from agent_toys import decisive_agent, make, random_observations
 
 from flexirl.errors import UserError
 from flexirl.policies.deploy.learned import load_policy

@@ -4,42 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
-from agent_toys import KIND, make
-from stable_baselines3 import DQN
-from stable_baselines3.common.base_class import BaseAlgorithm
+from agent_toys import KIND, decisive_agent, make, random_observations
 
 from flexirl import __version__
 from flexirl.errors import UserError
 from flexirl.policies.deploy.network import read_network, run_each
 from flexirl.policies.interface import action, observation
-from flexirl.policies.interface.observation import bounds
 from flexirl.policies.training.export import FORMAT, export
 
 EXPORTED = ["grouped_ppo", "ppo", "a2c", "dqn", "maskable_ppo"]
 SAMPLES = 10_000
-
-
-def decisive_agent(name: str, folder: Path, kind: str | None = None) -> BaseAlgorithm:
-    """A new agent with larger, random weights in its last layer, so that its actions differ and reach their bounds."""
-    agent = make(name, folder, kind)
-    torch.manual_seed(0)
-    policy: Any = agent.policy
-    head = policy.q_net.q_net[-1] if isinstance(agent, DQN) else policy.action_net
-    torch.nn.init.normal_(head.weight, std=0.3)
-    torch.nn.init.normal_(head.bias, std=0.3)
-    return agent
-
-
-def random_observations(count: int, with_requests: bool = False) -> np.ndarray:
-    low, high = bounds(with_requests)
-    return np.random.default_rng(5).uniform(low, high, (count, len(low))).astype(np.float32)
 
 
 @pytest.mark.parametrize("name", EXPORTED)

@@ -10,8 +10,10 @@ from toys import toy_engine
 from flexirl.runtime.live.block_table import check_blocks, new_block_table
 from flexirl.runtime.live.iteration import LiveState, finish, new_flat_batch, new_request_arrays, prepare
 from flexirl.runtime.live.request_table import enter, leave
+from flexirl.runtime.scheduler.commit import abandon, settle
+from flexirl.runtime.scheduler.intake import cancel
 from flexirl.runtime.scheduler.invariants import check_invariants
-from flexirl.runtime.scheduler.plan import abandon, apply, cancel, settle
+from flexirl.runtime.scheduler.plan import apply
 from flexirl.runtime.scheduler.state import RUNNING, WAITING, State, new_states
 from flexirl.runtime.simulator import surrogate
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE, empty_rows

@@ -20,7 +20,8 @@ from toys import toy_engine
 from flexirl.errors import UserError
 from flexirl.policies.deploy.learned import load_policy
 from flexirl.policies.interface import action, observation
-from flexirl.policies.interface.policy import View
+from flexirl.policies.interface.decision import LAST, ONE_QUEUE, RECOMPUTE, SWAP
+from flexirl.policies.interface.view import View
 from flexirl.policies.training.export import FORMAT
 from flexirl.runtime.live.clock import VirtualClock, WallClock
 from flexirl.runtime.live.engine import Step
@@ -28,7 +29,6 @@ from flexirl.runtime.live.executor import Moves
 from flexirl.runtime.live.requests import Completion, Request, Update
 from flexirl.runtime.live.sampling import Sampling
 from flexirl.runtime.live.shadow import Shadow
-from flexirl.runtime.scheduler.state import LAST, ONE_QUEUE, RECOMPUTE, SWAP
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 ENGINE: dict[str, float] = {
@@ -70,7 +70,7 @@ def test_no_schedule_changes_a_token(caching: int, save_blocks: int) -> None:
 
     def maybe_add(likely: float) -> None:
         if rng.random() < likely and run.engine.unfinished < 40:
-            request = random_request(rng, len(requests), run.engine.view.now_s)
+            request = random_request(rng, len(requests), run.engine.now_s)
             requests[request.id] = request
             run.engine.add_request(request)
 
@@ -431,7 +431,7 @@ def test_a_decision_once_an_interval() -> None:
     run.engine.add_request(plain("a", [1], 3, arrival_s=0.6))
     run.engine.run(until_s=1.6)
     assert asked == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5], abs=0.1)
-    assert run.engine.view.now_s == pytest.approx(1.6, abs=0.1) and run.completions["a"].ttft_s is not None
+    assert run.engine.now_s == pytest.approx(1.6, abs=0.1) and run.completions["a"].ttft_s is not None
     assert run.engine.metrics()["decisions"] == 7 and run.engine.metrics()["decision_median_s"] > 0
 
 
@@ -440,7 +440,7 @@ def test_a_policy_that_lets_nothing_run_is_left_after_a_while() -> None:
     run.engine.add_request(plain("d", [1], 3, DEFERRED))
     run.engine.add_request(plain("i", [1], 3))
     run.engine.drain(patience_s=2.0)
-    assert list(run.completions) == ["i"] and run.engine.unfinished == 1 and 2.0 < run.engine.view.now_s < 6.0
+    assert list(run.completions) == ["i"] and run.engine.unfinished == 1 and 2.0 < run.engine.now_s < 6.0
 
 
 def test_a_policy_that_cannot_start_does_not_take_over(caplog: pytest.LogCaptureFixture) -> None:
@@ -614,7 +614,7 @@ def test_a_virtual_clock_skips_idle_time() -> None:
     run.engine.add_request(plain("a", [1], 3, arrival_s=1000.0))
     run.engine.add_request(plain("b", [2], 3, arrival_s=5000.0))
     run.engine.drain()
-    assert run.engine.view.now_s > 5000 and set(run.completions) == {"a", "b"}
+    assert run.engine.now_s > 5000 and set(run.completions) == {"a", "b"}
     for completion in run.completions.values():
         assert completion.ttft_s is not None and 0 < completion.ttft_s < 10 and completion.e2e_s < 10
     now_s = run.engine.clock.now_s()

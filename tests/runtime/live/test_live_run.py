@@ -16,7 +16,7 @@ from flexirl.runtime.live.run import run_live
 from flexirl.runtime.scheduler.accounts import Prices
 from flexirl.runtime.scheduler.state import CANCELLED, FINISHED
 from flexirl.runtime.simulator.simulation import Run, simulate
-from flexirl.workloads.scenario import SLO
+from flexirl.workloads.slo import SLO
 from flexirl.workloads.trace import Trace
 
 PROMISE = {"ttft_slo_s": 100.0, "tpot_slo_s": 10.0}

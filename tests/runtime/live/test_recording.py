@@ -14,7 +14,7 @@ from flexirl.errors import UserError
 from flexirl.policies.registry import make_policy
 from flexirl.runtime.live.engine import Completion, LiveEngine, Request, Step
 from flexirl.runtime.live.recording import Recording, read_timeline
-from flexirl.workloads.scenario import SLO
+from flexirl.workloads.slo import SLO
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 

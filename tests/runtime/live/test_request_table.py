@@ -6,7 +6,8 @@ import numpy as np
 from toys import toy_engine
 
 from flexirl.runtime.live.request_table import enter, leave
-from flexirl.runtime.scheduler.plan import cancel, settle
+from flexirl.runtime.scheduler.commit import settle
+from flexirl.runtime.scheduler.intake import cancel
 from flexirl.runtime.scheduler.state import State, new_states
 from flexirl.runtime.simulator import surrogate
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE, empty_rows

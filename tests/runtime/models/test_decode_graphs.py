@@ -25,7 +25,7 @@ from flexirl.runtime.models.executor import ModelExecutor, fit_profile
 from flexirl.runtime.models.loading import LoadedModel, load_model
 from flexirl.runtime.models.tiny import build
 from flexirl.runtime.profile.engine import load_profile
-from flexirl.workloads.scenario import SLO
+from flexirl.workloads.slo import SLO
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

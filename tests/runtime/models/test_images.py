@@ -25,7 +25,7 @@ from flexirl.runtime.models.loading import LoadedModel, load_model
 from flexirl.runtime.models.tiny import build
 from flexirl.runtime.models.vision import Vision
 from flexirl.runtime.scheduler.accounts import Prices
-from flexirl.workloads.scenario import SLO
+from flexirl.workloads.slo import SLO
 
 IMAGE, START, END = 258, 260, 261
 

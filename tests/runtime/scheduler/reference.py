@@ -13,23 +13,25 @@ from typing import Any
 
 import numpy as np
 
-from flexirl.runtime.scheduler.state import (
+from flexirl.policies.interface.decision import (
     ARRIVAL,
     CHEAPER,
     CLASSES,
     DEADLINE,
-    EXPIRED,
     FAIR,
-    FINISHED,
-    FUTURE,
     LAST,
     LEAST_OUTPUT,
     LOWEST_SCORE,
     ONE_QUEUE,
     RECOMPUTE,
+    SHORTEST,
+)
+from flexirl.runtime.scheduler.state import (
+    EXPIRED,
+    FINISHED,
+    FUTURE,
     REJECTED,
     RUNNING,
-    SHORTEST,
     WAITING,
 )
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
@@ -187,7 +189,8 @@ class Reference:
 
     def advance(self, decision: np.ndarray, until_s: float, iterations: int) -> None:
         """Runs until the clock reaches `until_s` or for `iterations` iterations."""
-        self.decision = {name: decision[name].item() for name in decision.dtype.names or ()}
+        names = [name for name in decision.dtype.names or () if decision[name].shape == ()]
+        self.decision = {name: decision[name].item() for name in names}
         weights = (self.decision["order_weight_s"], self.decision["expected_output"])
         for c, name in enumerate(("immediate_order", "deferred_order")):
             if self.decision[name] == DEADLINE or self.decision[name] != self.orders[c][0]:

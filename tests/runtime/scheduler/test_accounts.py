@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import TICK_S, ToyRun, deferred, immediate, toy_engine, toy_trace
 
-from flexirl.policies.interface.policy import View
+from flexirl.policies.interface.decision import default_decision
+from flexirl.policies.interface.view import View
 from flexirl.runtime.scheduler.accounts import Prices, Snapshot, account, histogram_percentile, jain_fairness
 from flexirl.runtime.scheduler.books import itl_bin
-from flexirl.runtime.scheduler.state import ITL_BINS, REQUEST, default_decision, itl_bin_edges
+from flexirl.runtime.scheduler.state import ITL_BINS, REQUEST, itl_bin_edges
 from flexirl.runtime.simulator.simulation import promises_by_due_time, simulate
-from flexirl.workloads.scenario import SLO
+from flexirl.workloads.slo import SLO
 
 
 def figures_of(run: ToyRun, before: Snapshot, since_s: float = 0.0) -> dict[str, float | int | None]:

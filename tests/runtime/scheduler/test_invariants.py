@@ -11,11 +11,18 @@ from hypothesis import strategies as st
 from test_scheduler_reference import decisions, engines, traces
 from toys import ToyRun, deferred, immediate, toy_engine, toy_trace
 
+from flexirl.policies.interface.decision import ONE_QUEUE, RECOMPUTE, SWAP
+from flexirl.policies.interface.view import NONE
 from flexirl.runtime.profile.engine import EngineProfile
+from flexirl.runtime.scheduler.intake import cancel
 from flexirl.runtime.scheduler.invariants import check_invariants
-from flexirl.runtime.scheduler.plan import cancel
-from flexirl.runtime.scheduler.queues import NONE
-from flexirl.runtime.scheduler.state import CANCELLED, FUTURE, ONE_QUEUE, RECOMPUTE, RUNNING, SWAP, WAITING, State
+from flexirl.runtime.scheduler.state import (
+    CANCELLED,
+    FUTURE,
+    RUNNING,
+    WAITING,
+    State,
+)
 from flexirl.workloads.trace import DEFERRED, Trace
 
 # Puts any decision in force for some iterations, then cancels any of the requests.

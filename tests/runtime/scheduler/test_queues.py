@@ -10,20 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import TICK_S, ToyRun, immediate, toy_engine, toy_trace
 
-from flexirl.runtime.scheduler.invariants import check_invariants
-from flexirl.runtime.scheduler.plan import submit
-from flexirl.runtime.scheduler.queues import NONE, first_waiting, head, merged_head, push, remove, reorder, rescore
-from flexirl.runtime.scheduler.state import (
+from flexirl.policies.interface.decision import (
     ARRIVAL,
-    CANCELLED,
     DEADLINE,
     FAIR,
     SCORE,
     SHORTEST,
-    WAITING,
-    State,
-    new_states,
 )
+from flexirl.policies.interface.view import NONE
+from flexirl.runtime.scheduler.intake import submit
+from flexirl.runtime.scheduler.invariants import check_invariants
+from flexirl.runtime.scheduler.queues import first_waiting, head, merged_head, push, remove, reorder, rescore
+from flexirl.runtime.scheduler.state import CANCELLED, WAITING, State, new_states
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 ORDERS = (ARRIVAL, DEADLINE, SHORTEST, FAIR, SCORE)

@@ -13,7 +13,13 @@ from toys import TICK_S, ToyRun, decision_with, deferred, immediate, toy_engine,
 from flexirl.runtime.profile.engine import EngineProfile
 from flexirl.runtime.scheduler.invariants import check_invariants
 from flexirl.runtime.scheduler.queues import rescore
-from flexirl.runtime.scheduler.state import FUTURE, RUNNING, WAITING, State, itl_bin_edges
+from flexirl.runtime.scheduler.state import (
+    FUTURE,
+    RUNNING,
+    WAITING,
+    State,
+    itl_bin_edges,
+)
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE, Trace
 
 PROMISES = ("ttft_slo_s", "tpot_slo_s", "window_s")

@@ -11,21 +11,23 @@ import numpy as np
 import pytest
 from toys import TICK_S, ToyRun, deferred, immediate, toy_engine, toy_trace
 
-from flexirl.runtime.scheduler.composition import image_tokens_of_chunk
-from flexirl.runtime.scheduler.state import (
+from flexirl.policies.interface.decision import (
     CHEAPER,
     DEADLINE,
-    EXPIRED,
-    FINISHED,
     LAST,
     ONE_QUEUE,
     PRIORITY,
     RECOMPUTE,
+    SHORTEST,
+    SWAP,
+)
+from flexirl.runtime.scheduler.composition import image_tokens_of_chunk
+from flexirl.runtime.scheduler.state import (
+    EXPIRED,
+    FINISHED,
     REJECTED,
     REQUEST,
     RUNNING,
-    SHORTEST,
-    SWAP,
     WAITING,
 )
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE

@@ -37,7 +37,7 @@ def digest_of_run(seed: int) -> str:
 def test_same_seed_same_run_in_another_process() -> None:
     here = Path(__file__).parent
     code = "import test_determinism; print(test_determinism.digest_of_run(4))"
-    folders = [str(folder) for folder in (here, here.parent, here.parents[1])]
+    folders = [str(folder) for folder in (here, here.parents[1], here.parents[2])]
     path = f"import sys; sys.path[:0] = {folders!r}; "
     outputs = {subprocess.run([sys.executable, "-c", path + code], capture_output=True, text=True, check=True).stdout
                for _ in range(2)}  # fmt: skip

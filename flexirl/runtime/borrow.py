@@ -1,21 +1,18 @@
-"""A State by reference, for compiled code that calls functions many times an iteration.
+"""Named tuples of arrays by reference, for compiled code that calls functions many times an iteration.
 
-A `State` is a tuple of arrays. Numba hands it on by value, a hundred machine words, and counts references to every
-array in it at every call, which costs a scheduler more than its work. A borrowed state is one pointer to that tuple,
-kept on the stack of the function that borrows it; its fields are the same arrays, without an owner to count.
+The scheduler's `State` is such a tuple. Numba hands it on by value, a hundred machine words, and counts references to
+every array in it at every call, which costs a scheduler more than its work. A borrowed state is one pointer to that
+tuple, kept on the stack of the function that borrows it; its fields are the same arrays, without an owner to count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from numba.core import cgutils, types
 from numba.core.imputils import lower_getattr_generic
 from numba.core.typing.templates import AttributeTemplate
 from numba.extending import infer_getattr, intrinsic, models, register_model
-
-from flexirl.runtime.scheduler.state import State
 
 
 class Borrowed(types.Type):
@@ -40,8 +37,15 @@ def _borrow(_context: Any, state: Any) -> Any:
     return Borrowed(state)(state), generate
 
 
-# The state by reference: valid in the compiled function that calls this and in those that it calls.
-borrow = cast(Callable[[State], State], intrinsic(_borrow))
+_Arrays = TypeVar("_Arrays", bound=tuple[Any, ...])
+
+
+class _Borrow(Protocol):
+    def __call__(self, arrays: _Arrays, /) -> _Arrays: ...
+
+
+# The tuple by reference: valid in the compiled function that calls this and in those that it calls.
+borrow = cast(_Borrow, intrinsic(_borrow))
 
 
 @infer_getattr

@@ -17,6 +17,7 @@ from flexirl.errors import UserError
 from flexirl.experiments.configuration import count_of, load_executor, load_rule, load_slo, number, seed_of
 from flexirl.experiments.plots import plot_timeline
 from flexirl.experiments.program import output_folder, run_program
+from flexirl.policies.interface.policy import interval_of
 from flexirl.policies.registry import make_policy
 from flexirl.runtime.live.engine import LiveEngine
 from flexirl.runtime.live.recording import Recording, read_timeline
@@ -69,8 +70,9 @@ def run(config: DictConfig) -> None:
                     del results.expected[request.id]
                     results.fail(request.id, str(error))
 
+        interval_s = None if config.interval_s is None else number(config.interval_s, "interval_s")
         engine = LiveEngine(
-            executor, policy, slo, model.tokenizer, interval_s=number(config.interval_s, "interval_s"),
+            executor, policy, slo, model.tokenizer, interval_s=interval_of(policy, interval_s),
             max_requests=min(len(lines), MOST_REQUESTS), save_blocks=config.save_blocks, safepoints=config.safepoints,
             seed=seed_of(config.seed), shadow=shadow, on_end=end, on_step=recording,
         )  # fmt: skip

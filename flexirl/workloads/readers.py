@@ -12,6 +12,7 @@ import csv
 import gzip
 import json
 import logging
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 Column = NDArray[np.float64]
 MAX_TOKENS = 2**31 - 1  # trace columns are 32-bit
-MOONCAKE_BLOCK = 512  # prompt tokens per entry of Mooncake's hash_ids
+MOONCAKE_BLOCK, BAILIAN_BLOCK = 512, 16  # prompt tokens per entry of hash_ids
 SERVEGEN_MAX_ROWS = 1_000_000  # resampling a larger ServeGen folder scales its rates down to about this many requests
 
 
@@ -42,7 +43,8 @@ def read_trace(path: str | Path, format: str | None = None, seed: int = 0) -> Tr
     | azure | Azure LLM inference CSV: TIMESTAMP, ContextTokens, GeneratedTokens |
     | burstgpt | BurstGPT CSV: Timestamp (s), Request tokens, Response tokens; rows without a response are dropped |
     | vidur | Vidur CSV: arrived_at, num_prefill_tokens, num_decode_tokens |
-    | mooncake | Mooncake JSONL: timestamp (ms), input_length, output_length, hash_ids |
+    | mooncake | Mooncake JSONL: timestamp (ms), input_length, output_length, hash_ids of 512 tokens |
+    | bailian | Bailian JSONL: chat_id and the same, but timestamp (s) and hash_ids of 16 tokens |
     | agentic | agent-session JSON, one file or a folder of them; sessions start at seeded random times |
     | servegen | ServeGen folder of chunk-N-trace.csv and chunk-N-dataset.json, resampled with the seed |
 
@@ -55,8 +57,14 @@ def read_trace(path: str | Path, format: str | None = None, seed: int = 0) -> Tr
     """
     path, read = _reader(path, format)
     rows, _ = read(path, seed)
-    if np.isnan(rows["arrival_s"]).any():
+    untimed = np.isnan(rows["arrival_s"])
+    if untimed.all():
         raise UserError(f"{path} has lengths but no arrival times; use it as a length model (kind: empirical) instead.")
+    if untimed.any():
+        raise UserError(
+            f"{path}: request {int(np.argmax(untimed)) + 1} has no arrival time, though others do; "
+            "give it one, or take it out."
+        )
     rows = rows[np.argsort(rows["arrival_s"], kind="stable")]
     check(rows, str(path))
     return Trace(rows, path.name, int(rows["tenant"].max()) + 1)
@@ -96,7 +104,7 @@ def _detect(path: Path) -> str:
             return "agentic"
         raise UserError(f"{path} is a folder without ServeGen chunk-N-trace.csv or agent-session .json files.")
     if ".jsonl" in path.suffixes:
-        return "mooncake"
+        return "bailian" if '"chat_id"' in _lines(path)[0] else "mooncake"
     if ".json" in path.suffixes:
         return "agentic"
     names = _header(path)
@@ -135,8 +143,13 @@ def _text(path: Path) -> str:
     return text
 
 
+def _lines(path: Path) -> list[str]:
+    """The file's lines, however they end. A text inside JSON may hold other characters that separate lines."""
+    return _text(path).replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").split("\n")
+
+
 def _header(path: Path) -> list[str]:
-    return next(csv.reader([_text(path).split("\n", 1)[0].strip()]))
+    return next(csv.reader([_lines(path)[0].strip()]))
 
 
 class _Csv:
@@ -144,7 +157,7 @@ class _Csv:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lines = _text(path).splitlines()
+        self.lines = _lines(path)
         self.names = next(csv.reader([self.lines[0]]))
         if not any(line.strip() for line in self.lines[1:]):
             raise UserError(f"{path} has a header line but no requests; a trace has at least one.")
@@ -309,10 +322,29 @@ def _fields(path: Path, place: str, record: Any, *names: str) -> tuple[float, ..
     return tuple(float(record[name]) for name in names)
 
 
-def _mooncake(path: Path, seed: int) -> tuple[np.ndarray, Column | None]:
+def _hashes(path: Path, line: int, record: dict[str, Any], prompt: float, block: int) -> list[int]:
+    """The block hashes of one request; raises UserError for what is no list of numbers or of blocks of another size."""
+    hashes = record.get("hash_ids")
+    if hashes is None:
+        return []
+    if not isinstance(hashes, list) or not all(
+        isinstance(entry, int) and not isinstance(entry, bool) for entry in hashes
+    ):
+        raise UserError(f"{path}: line {line} has hash_ids={str(hashes)[:60]}; it should be a list of whole numbers.")
+    expected = math.ceil(prompt / block)
+    if hashes and len(hashes) != expected:
+        raise UserError(
+            f"{path}: line {line} has {len(hashes)} hash_ids for {prompt:g} prompt tokens, not the {expected} blocks "
+            f"of {block} tokens; it is a trace of another kind, so convert it to CSV with arrival_s in seconds."
+        )
+    return hashes
+
+
+def _hashed(path: Path, block: int, per_second: float) -> tuple[np.ndarray, Column | None]:
+    """A request a line with hashes of its prompt's blocks of `block` tokens; `per_second` units of its timestamp."""
     columns: list[tuple[float, ...]] = []
     blocks: list[list[int]] = []
-    for line, text in enumerate(_text(path).splitlines(), start=1):
+    for line, text in enumerate(_lines(path), start=1):
         if not text.strip():
             continue
         try:
@@ -320,11 +352,19 @@ def _mooncake(path: Path, seed: int) -> tuple[np.ndarray, Column | None]:
         except ValueError as error:
             raise UserError(f"{path}: line {line} is not JSON ({error}); each line should be one request.") from None
         columns.append(_fields(path, f"line {line}", record, "timestamp", "input_length", "output_length"))
-        blocks.append(record.get("hash_ids") or [])
+        blocks.append(_hashes(path, line, record, columns[-1][1], block))
     table = np.array(columns)
-    arrival_s, prompt, output = table[:, 0] / 1e3, table[:, 1], table[:, 2]
-    prefix = _prefix_tokens(blocks, prompt, arrival_s, MOONCAKE_BLOCK)
+    arrival_s, prompt, output = table[:, 0] / per_second, table[:, 1], table[:, 2]
+    prefix = _prefix_tokens(blocks, prompt, arrival_s, block)
     return _rows(path, arrival_s, prompt, output, prefix_tokens=prefix), None
+
+
+def _mooncake(path: Path, seed: int) -> tuple[np.ndarray, Column | None]:
+    return _hashed(path, MOONCAKE_BLOCK, 1e3)
+
+
+def _bailian(path: Path, seed: int) -> tuple[np.ndarray, Column | None]:
+    return _hashed(path, BAILIAN_BLOCK, 1.0)
 
 
 def _agentic(path: Path, seed: int) -> tuple[np.ndarray, Column | None]:
@@ -409,7 +449,7 @@ def _servegen(path: Path, seed: int) -> tuple[np.ndarray, Column | None]:
 def _windows(path: Path) -> list[tuple[float, float, float, ArrivalProcess]]:
     """Start (s), length (s), rate (1/s) and arrival process of each window with arrivals."""
     entries: list[tuple[float, float, ArrivalProcess]] = []
-    for line, row in enumerate(csv.reader(_text(path).splitlines()), start=1):
+    for line, row in enumerate(csv.reader(_lines(path)), start=1):
         try:
             start, rate = float(row[0]), float(row[1])
             entries.append((start, rate, _process(row) if rate > 0 else Poisson()))
@@ -502,6 +542,7 @@ FORMATS: dict[str, Reader] = {
     "burstgpt": _burstgpt,
     "vidur": _vidur,
     "mooncake": _mooncake,
+    "bailian": _bailian,
     "agentic": _agentic,
     "servegen": _servegen,
 }

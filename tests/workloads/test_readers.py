@@ -3,6 +3,8 @@
 import gzip
 import json
 import logging
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -212,3 +214,44 @@ def test_missing_truncated_and_unknown(tmp_path):
     (tmp_path / "b.csv").write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(UserError, match="not a text file"):
         read_trace(tmp_path / "b.csv")
+
+
+def bailian(**changes: Any) -> str:
+    record = {"chat_id": 1, "timestamp": 2.5, "input_length": 40, "output_length": 5, "hash_ids": [7, 8, 9], **changes}
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def test_bailian_counts_seconds_and_blocks_of_16(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(bailian() + bailian(timestamp=115.0, hash_ids=[7, 8, 10]))
+    rows = read_trace(path).rows
+    assert rows["arrival_s"].tolist() == [2.5, 115.0]
+    assert rows["prefix_tokens"].tolist() == [0, 32]
+
+
+def test_blocks_of_another_size_are_not_taken_for_mooncakes(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps({"timestamp": 2.5, "input_length": 160, "output_length": 5, "hash_ids": [*range(10)]}))
+    with pytest.raises(UserError, match="line 1 has 10 hash_ids for 160 prompt tokens, not the 1 blocks of 512"):
+        read_trace(path)
+
+
+@pytest.mark.parametrize("hashes", [{"7": 1}, "789", [[7], [8], [9]], [7, 8, 1.5], [7, 8, True]])
+def test_hashes_that_are_no_list_of_numbers_are_refused(tmp_path: Path, hashes: Any) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(bailian() + bailian(hash_ids=hashes))
+    with pytest.raises(UserError, match="line 2 has hash_ids"):
+        read_trace(path)
+
+
+def test_a_separator_inside_a_text_splits_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(bailian(type="a\u2028b\x85c") + bailian())
+    assert len(read_trace(path)) == 2
+
+
+def test_a_missing_arrival_names_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n0,5,5\n,5,5\n2,5,5\n")
+    with pytest.raises(UserError, match=r"line 3|request 2"):
+        read_trace(path)

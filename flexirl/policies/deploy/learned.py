@@ -41,7 +41,8 @@ class LearnedPolicy:
     """Decides by an exported network.
 
     fallback: name of the hand-written policy that decides where the network cannot. time_limit_s: a decision that takes
-    longer than this is not used; None, never. failures: decisions that the fallback took so far, by reason.
+    longer than this is not used; None, never. interval_s: seconds between decisions it was trained with, or None.
+    failures: decisions that the fallback took so far, by reason.
     Raises UserError for a file that is missing, damaged or of another schema.
     """
 
@@ -60,8 +61,19 @@ class LearnedPolicy:
         self._settings["masked"] = bool(self.metadata.get("masked", False))
         self._settings["immediate_order"] = self._order("immediate_order", actions.DEFAULT_IMMEDIATE_ORDER, path)
         self._settings["deferred_order"] = self._order("deferred_order", actions.DEFAULT_DEFERRED_ORDER, path)
+        self.interval_s = self._interval(path)
         self.observed = np.zeros(self.network.sizes[0], np.float32)
         self._warm_up()
+
+    def _interval(self, path: Path) -> float | None:
+        interval_s = self.metadata.get("interval_s")
+        if interval_s is None:
+            return None
+        if isinstance(interval_s, bool) or not isinstance(interval_s, int | float) or not 0 < interval_s < np.inf:
+            raise UserError(
+                f"Policy {path} has interval_s={interval_s!r}, no positive number of seconds; export it anew."
+            )
+        return float(interval_s)
 
     def _order(self, key: str, default: str, path: Path) -> int:
         name = str(self.metadata.get(key, default))

@@ -274,7 +274,7 @@ def read_lengths(folder: str | Path) -> np.ndarray:
     """Prompt and output tokens of the run's requests: int array (requests, 2)."""
     path = Path(folder) / "requests.jsonl"
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
         lengths = np.array([(row["input_toks"], row["output_toks"]) for row in rows], dtype=int)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; a run folder needs the requests it served.") from None

@@ -95,7 +95,7 @@ class Record:
         settings = (read_meta(folder).get("resolved_config") or {}).get("scheduler_config") or {}
         path = folder / "requests.jsonl"
         try:
-            lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+            lines = [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
             lines.sort(key=lambda line: line["arrival_time"])
             times = np.array([[line[name] for name in ("arrival_time", *_TIMES)] for line in lines], dtype=float)
             rows = empty_rows(len(lines))

@@ -17,7 +17,7 @@ from flexirl.envs.fleet import Fleet
 from flexirl.errors import UserError
 from flexirl.policies.deploy.learned import FALLBACK, LearnedPolicy, load_policy
 from flexirl.policies.interface.action import PREEMPTS
-from flexirl.policies.interface.policy import Policy
+from flexirl.policies.interface.policy import DECISION_INTERVAL_S, Policy, interval_of
 from flexirl.policies.registry import make_policy
 from flexirl.policies.training.export import export
 from flexirl.runtime.scheduler.invariants import check_invariants
@@ -319,3 +319,19 @@ def test_a_policy_must_be_reset_for_each_engine(exported: dict[str, Path]) -> No
             policy.reset(view)
             decisions.append(policy.decide(view).tobytes())
         assert decisions[0] == decisions[1]
+
+
+def test_a_policy_says_how_often_it_was_asked_in_training(tmp_path: Path) -> None:
+    for interval_s, expected in ((0.5, 0.5), (None, DECISION_INTERVAL_S)):
+        metadata = {} if interval_s is None else {"interval_s": interval_s}
+        export(decisive_agent("ppo", tmp_path, "dials"), tmp_path / "policy.onnx", metadata)
+        policy = load_policy(tmp_path / "policy.onnx")
+        assert interval_of(policy, None) == expected and interval_of(policy, 0.1) == 0.1
+    assert interval_of(make_policy(FALLBACK), None) == DECISION_INTERVAL_S
+
+
+@pytest.mark.parametrize("interval_s", [0, -1.0, "soon", True])
+def test_an_interval_that_is_no_time_is_refused(tmp_path: Path, interval_s: Any) -> None:
+    export(decisive_agent("ppo", tmp_path, "dials"), tmp_path / "policy.onnx", {"interval_s": interval_s})
+    with pytest.raises(UserError, match="interval_s="):
+        load_policy(tmp_path / "policy.onnx")

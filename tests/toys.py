@@ -103,3 +103,21 @@ def immediate(arrival_s: float, prompt: int, output: int, **more: float) -> dict
 def deferred(arrival_s: float, prompt: int, output: int, **more: float) -> dict[str, Any]:
     """A deferred request for `toy_trace`."""
     return {**immediate(arrival_s, prompt, output, **more), "request_class": DEFERRED}
+
+
+def heavy_trace(seed: int, count: int = 400) -> Trace:
+    """More than the engine can serve in time: every way for a request to end occurs."""
+    rng = np.random.default_rng(seed)
+    rows = empty_rows(count)
+    rows["arrival_s"] = np.sort(rng.uniform(0, 4, count))
+    rows["request_class"] = rng.integers(0, 2, count)
+    rows["tenant"] = rng.integers(0, 3, count)
+    rows["prompt_tokens"] = rng.integers(1, 60, count)
+    rows["output_tokens"] = rng.integers(1, 30, count)
+    rows["max_tokens"] = rows["output_tokens"] + rng.integers(0, 20, count)
+    rows["prefix_tokens"] = rows["prompt_tokens"] // 2
+    is_immediate = rows["request_class"] == IMMEDIATE
+    rows["ttft_slo_s"] = np.where(is_immediate, 1.0, np.inf)
+    rows["tpot_slo_s"] = np.where(is_immediate, 0.06, np.inf)
+    rows["window_s"] = np.where(is_immediate, np.inf, rng.choice([2.0, 8.0, np.inf], count))
+    return Trace(rows, "heavy", 3)

@@ -14,6 +14,7 @@ from flexirl.benchmarks import runs
 from flexirl.benchmarks.results import collect
 from flexirl.benchmarks.runs import UPPER_BOUND, Job, Result, run_all
 from flexirl.benchmarks.suites import Cell, composed
+from flexirl.compile_cache import Sources
 from flexirl.experiments.comparison import compare
 from flexirl.experiments.configuration import load_task
 
@@ -95,6 +96,19 @@ def test_what_a_result_depends_on_changes_its_key(tmp_path: Path, monkeypatch: p
     monkeypatch.undo()
     renamed = Cell("other", {}, (*SHORT, "engine=h100-llama-3.1-8b", "workload.load=0.5"), 2)
     assert Job(renamed, "qoserve", 0).key == first.key
+
+
+@pytest.mark.parametrize(
+    ("module", "counted"), [("bound", runs.BOUND_SOURCES), ("runs", runs.SOURCES)], ids=["bound", "runs"]
+)
+def test_results_follow_from_all_that_their_code_imports(module: str, counted: tuple[str, ...], tmp_path: Path) -> None:
+    sources = Sources(tmp_path / "sources.json")
+    sources.stamp(f"flexirl.benchmarks.{module}")
+    files = {name.removeprefix("flexirl.").replace(".", "/") + ".py" for name in sources._fresh}
+    assert len(files) > 20
+    of_no_figure = {"errors.py", "cores.py", "compile_cache.py", "benchmarks/suites.py", "benchmarks/bound.py"}
+    missing = {file for file in files if file.split("/")[0] not in counted and file not in counted}
+    assert missing <= of_no_figure - set(counted)
 
 
 def test_rows_are_those_of_evaluate(fresh: list[Result]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from toys import TICK_S, ToyRun, decision_with, toy_engine
+from toys import TICK_S, ToyRun, decision_with, heavy_trace, toy_engine
 
 from flexirl.runtime.scheduler.state import (
     CANCELLED,
@@ -16,7 +16,7 @@ from flexirl.runtime.scheduler.state import (
     WAITING,
     itl_bin_edges,
 )
-from flexirl.workloads.trace import DEFERRED, IMMEDIATE, Trace, empty_rows
+from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 DECISIONS: dict[str, dict[str, float]] = {
     "defaults": {},
@@ -26,24 +26,6 @@ DECISIONS: dict[str, dict[str, float]] = {
     "reserve": {"reserve_ratio": 0.5, "reserve_new_ratio": 1.0, "immediate_order": 1, "deferred_order": 1},
     "fair": {"immediate_order": 3, "deferred_order": 3, "victim": 3, "deferred_kv_share": 0.7},
 }
-
-
-def heavy_trace(seed: int, count: int = 400) -> Trace:
-    """More than the engine can serve in time: every way for a request to end occurs."""
-    rng = np.random.default_rng(seed)
-    rows = empty_rows(count)
-    rows["arrival_s"] = np.sort(rng.uniform(0, 4, count))
-    rows["request_class"] = rng.integers(0, 2, count)
-    rows["tenant"] = rng.integers(0, 3, count)
-    rows["prompt_tokens"] = rng.integers(1, 60, count)
-    rows["output_tokens"] = rng.integers(1, 30, count)
-    rows["max_tokens"] = rows["output_tokens"] + rng.integers(0, 20, count)
-    rows["prefix_tokens"] = rows["prompt_tokens"] // 2
-    is_immediate = rows["request_class"] == IMMEDIATE
-    rows["ttft_slo_s"] = np.where(is_immediate, 1.0, np.inf)
-    rows["tpot_slo_s"] = np.where(is_immediate, 0.06, np.inf)
-    rows["window_s"] = np.where(is_immediate, np.inf, rng.choice([2.0, 8.0, np.inf], count))
-    return Trace(rows, "heavy", 3)
 
 
 @pytest.mark.parametrize("name", DECISIONS)

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from test_conservation import heavy_trace
-from toys import ToyRun, decision_with, toy_engine
+from toys import ToyRun, decision_with, heavy_trace, toy_engine
 
 from flexirl.runtime.scheduler.state import State, new_states
 from flexirl.runtime.simulator import surrogate

@@ -205,7 +205,7 @@ def tally_running(requests: np.ndarray, running: np.ndarray, count: int, now_s: 
             continue
         group.decodes += 1
         group.decode_context += request.computed + 1
-        if request.request_class == IMMEDIATE and request.tpot_slo_s < np.inf:
+        if request.request_class == IMMEDIATE and 0 < request.tpot_slo_s < np.inf:
             ahead = request.generated - (now_s - request.first_token_s) / request.tpot_slo_s
             group.ahead_min = min(group.ahead_min, ahead)
             group.ahead_sum += min(max(ahead, -AHEAD_LIMIT), AHEAD_LIMIT)

@@ -140,7 +140,8 @@ def digest_of_play(threads: int) -> str:
 
 def test_same_seed_same_play_whatever_the_threads_and_the_process() -> None:
     here = Path(__file__).parent
-    code = f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}, {str(here.parents[1])!r}]; import test_fleet; "
+    folders = [str(folder) for folder in (here, here.parent, here.parents[1])]
+    code = f"import sys; sys.path[:0] = {folders!r}; import test_fleet; "
     run = subprocess.run(
         [sys.executable, "-c", code + "print(test_fleet.digest_of_play(2))"], capture_output=True, text=True, check=True
     )

@@ -250,8 +250,7 @@ class LiveEngine:
     def _decide_and_advance(self, until_s: float) -> None:
         self.decide()
         if self.policy.every_iteration:
-            # If nothing may run it is asked again all the same: what it said is no reason for ever.
-            self.advance(min(self.clock.now_s() + self._interval_s, until_s), 1)
+            self.advance(until_s, 1)
         else:
             # At multiples of the interval; an iteration that lasts longer leaves some out.
             self._intervals = max(self._intervals, int(self.now_s / self._interval_s)) + 1
@@ -395,6 +394,10 @@ class LiveEngine:
     def _idle(self, until_s: float) -> bool:
         """Nothing may run: waits for whoever comes next, at most to `until_s`; False if nobody ever will."""
         due_s = min(self._expected[0][0] if self._expected else _NEVER_S, until_s)
+        if self.policy.every_iteration and self.state.classes["waiting"].any():
+            # Somebody waits because of what the policy said: after an interval it is asked again.
+            due_s = min(due_s, self.clock.now_s() + self._interval_s)
+            self._decide_now = True
         if not self.clock.wait(due_s, self._wake):
             return False
         self._let_pass(self.clock.now_s())

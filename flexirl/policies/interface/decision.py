@@ -59,6 +59,9 @@ DECISION = np.dtype(
     align=True,
 )
 
+# All that is one figure: everything but the scores of single requests.
+FIGURES = tuple(name for name in DECISION.names or () if DECISION[name].shape == ())
+
 
 def default_decision() -> np.ndarray:
     """The decision the dials are built around: immediate work first, deferred work in what is left, no limits.

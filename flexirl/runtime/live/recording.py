@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flexirl.errors import UserError
+from flexirl.policies.interface.decision import FIGURES
 from flexirl.runtime.simulator.simulation import TIMELINE, timeline_row
 
 if TYPE_CHECKING:
@@ -62,12 +63,12 @@ class Recording:
         self._span(_HOST, "prepare", step.began_s, step.prepare_s, {})
         after_s = step.began_s + step.prepare_s + step.execute_s
         self._span(_HOST, "finish", after_s, step.finish_s, {"model_s": step.forward_s})
-        if self._decision is None or step.decision != self._decision:
-            changed = {
-                field: step.decision[field].item()
-                for field in step.decision.dtype.names or ()
-                if self._decision is None or step.decision[field] != self._decision[field]
-            }
+        changed = {
+            field: step.decision[field].item()
+            for field in FIGURES
+            if self._decision is None or step.decision[field] != self._decision[field]
+        }
+        if changed:
             # JSON has no infinity.
             finite = {field: value if abs(value) < float("inf") else "unlimited" for field, value in changed.items()}
             self._event(ph="i", s="t", name="decision", tid=_DECISIONS, ts=_microseconds(step.began_s), args=finite)

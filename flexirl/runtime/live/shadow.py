@@ -9,13 +9,12 @@ from types import TracebackType
 
 import numpy as np
 
-from flexirl.policies.interface.decision import DECISION
+from flexirl.policies.interface.decision import FIGURES
 from flexirl.policies.interface.policy import Policy
 from flexirl.policies.interface.view import View
 
 _LOG = logging.getLogger(__name__)
 COLUMNS = ("time_s", "field", "decided", "shadow")
-_COMPARED = [name for name in DECISION.names or () if DECISION[name].shape == ()]  # not scores of single requests
 
 
 class Shadow:
@@ -58,7 +57,7 @@ class Shadow:
             self._fail(error)
             return
         self.asked += 1
-        differing = [name for name in _COMPARED if decision[name] != other[name]]
+        differing = [name for name in FIGURES if decision[name] != other[name]]
         self.differences += bool(differing)
         for name in differing:
             self._rows.writerow((view.now_s, name, decision[name].item(), other[name].item()))

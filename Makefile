@@ -17,7 +17,7 @@ pretrained: $(foreach seed,0 1 2 3 4,outputs/pretrained/$(seed)/policy.onnx)
 outputs/pretrained/%/policy.onnx: | .venv/installed
 	$(BIN)/python -m flexirl.train mixture=general validation.members=132 total_steps=0 seed=$* \
 		$(if $(wildcard outputs/pretrained/$*/lessons.npz),resume=outputs/pretrained/$*/policy.zip) \
-		compare.policies='[qoserve]' compare.seeds=1 hydra.run.dir=outputs/pretrained/$*
+		policies='[qoserve]' seeds=1 hydra.run.dir=outputs/pretrained/$*
 
 test: .venv/installed-test
 	$(BIN)/ruff check .

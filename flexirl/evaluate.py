@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from flexirl.errors import UserError
 from flexirl.experiments.comparison import (
-    TUNING_SEED,
     Row,
     Runner,
     compare,
@@ -23,11 +22,21 @@ from flexirl.experiments.comparison import (
     table,
     write_leaderboard,
 )
-from flexirl.experiments.configuration import count_of, load_executor, load_task, names_of, seed_of
+from flexirl.experiments.configuration import (
+    count_of,
+    flag_of,
+    load_executor,
+    load_task,
+    load_task_on,
+    names_of,
+    seed_of,
+)
 from flexirl.experiments.fidelity import rank_agreement, side_by_side, write_fidelity
 from flexirl.experiments.fidelity import table as fidelity_table
 from flexirl.experiments.plots import plot_comparison, plot_fidelity, plot_timeline
 from flexirl.experiments.program import output_folder, run_program
+from flexirl.experiments.records import record_run
+from flexirl.experiments.seeds import TUNING_SEED
 from flexirl.policies.registry import check_names, make_policy
 from flexirl.runtime.fitting.calibration import measure_pace
 
@@ -41,6 +50,7 @@ def run(config: DictConfig) -> None:
     names = names_of(config.policies, "policies")
     check_names(names)
     seeds, seed = count_of(config.seeds, "seeds"), seed_of(config.seed)
+    progress = flag_of(config.progress, "progress")
     engines = [str(config.executor)] if config.compare is None else str(config.compare).split(",")
     for engine in engines:
         if engine not in ENGINES:
@@ -48,10 +58,10 @@ def run(config: DictConfig) -> None:
     if len(engines) > 2:
         raise UserError(f"compare={config.compare} names {len(engines)} engines; give two, such as live,surrogate.")
     task = load_task(config)
-    OmegaConf.save(config, folder / "config.yaml", resolve=True)
+    record_run(config, "evaluate", folder)
     tuning = None
     if config.tuning.path is not None:
-        tuning = load_task(OmegaConf.merge(config, {"workload": {"path": config.tuning.path}}))  # type: ignore[arg-type]
+        tuning = load_task_on(config, config.tuning.path)
     runners: dict[str, Runner] = {"surrogate": on_surrogate}
     executor = None
     if "live" in engines:
@@ -65,7 +75,7 @@ def run(config: DictConfig) -> None:
             # Before each of the two; the surrogate, if it comes second, takes the mean.
             paces.append(measure_pace(executor, make_policy(PACE_RULE), task.draw(TUNING_SEED + seed), seed))
             runner = runner if engine == "live" else on_surrogate_at(float(np.mean(paces)))
-        comparison = compare(task, names, seeds, tuning, seed, runner)
+        comparison = compare(task, names, seeds, tuning, seed, runner, progress)
         label = f"{engine} again" if engine in comparisons else engine
         comparisons[label] = comparison.rows
         place = folder / label.replace(" ", "_") if len(engines) > 1 else folder

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +20,22 @@ from omegaconf import OmegaConf
 from onnx import helper
 
 from flexirl.envs.fleet import Fleet, Task
+from flexirl.envs.rollout import play
 from flexirl.errors import UserError
 from flexirl.experiments.configuration import load_tasks, load_validation_tasks
+from flexirl.experiments.seeds import PRETRAINED_SEED
 from flexirl.policies.deploy.learned import load_policy
 from flexirl.policies.deploy.network import Network, read_network, run_each
 from flexirl.policies.registry import PRETRAINED_FILE
 from flexirl.policies.training.averaging import average
-from flexirl.train import VALIDATION_SEED
-
-COMMON_SEED = VALIDATION_SEED + 100_000
 
 
 def revenue_share(network: Network, tasks: Sequence[Task], seed: int) -> float:
     """Mean revenue share of a network that sets dials, over one episode of each task."""
     fleet = Fleet(list(tasks), len(tasks), 1, len(tasks))
-    observations, over = fleet.reset(seed), np.zeros(len(tasks), bool)
-    while not over.all():
-        observations, _, over = fleet.step(run_each(network, observations))
-    share = np.mean([fleet.episode_figures(m)["revenue_share"] for m in range(len(tasks))])
+    share = play(fleet, seed, partial(run_each, network)).mean("revenue_share")
     fleet.close()
-    return float(share)
+    return share
 
 
 def validated_tasks(training: dict[str, Any]) -> list[Task]:
@@ -67,10 +64,10 @@ def ship_mean(runs: Sequence[Path], target: Path) -> tuple[dict[int, float], flo
             raise UserError(f"{run} is not the training of {runs[0]} with another seed; give runs that differ by it.")
         tasks = tasks or validated_tasks(training)
         models.append(onnx.load(run / "policy.onnx"))
-        shares[seed] = revenue_share(policy.network, tasks, COMMON_SEED)
+        shares[seed] = revenue_share(policy.network, tasks, PRETRAINED_SEED)
         print(f"seed {seed}: revenue share {shares[seed]:.4f}")
     mean = average(models)
-    share = revenue_share(read_network(mean), tasks, COMMON_SEED)
+    share = revenue_share(read_network(mean), tasks, PRETRAINED_SEED)
     properties = {entry.key: entry.value for entry in mean.metadata_props if entry.key != "validation"}
     helper.set_model_props(mean, {**properties, "seeds": json.dumps(shares), "revenue_share": json.dumps(share)})
     target.write_bytes(mean.SerializeToString())

@@ -21,6 +21,14 @@ def test_alone_it_says_what_there_is() -> None:
     assert ran.returncode == 0 and all(name in ran.stdout for name in PROGRAMS)
 
 
+def test_that_takes_no_library_that_is_slow_to_import() -> None:
+    code = "import sys, flexirl.__main__ as command; sys.argv[1:] = []; command.main(); print(sorted(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"'torch'", "'numba'", "'hydra'", "'matplotlib'", "'scipy'"} & set(
+        ran.stdout.split("[")[-1][:-2].split(", ")
+    )
+
+
 def test_every_program_is_named() -> None:
     programs = {path.stem for path in PACKAGE.glob("*.py") if '__name__ == "__main__"' in path.read_text()}
     assert programs - {"__main__"} == set(PROGRAMS)

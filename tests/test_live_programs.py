@@ -51,7 +51,7 @@ def test_live_and_surrogate_side_by_side(profile: Path, tmp_path: Path) -> None:
 
 
 SMALL = ("workload=tiny", "workload.duration_s=2", "workload.warmup_s=0.4", "agent.hyperparameters.n_steps=10",
-         "agent.hyperparameters.batch_size=10", "validation.every_steps=1000", "compare.seeds=1",
+         "agent.hyperparameters.batch_size=10", "validation.every_steps=1000", "seeds=1",
          "progress=false")  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def test_an_agent_learns_on_the_live_engine(profile: Path, tmp_path: Path) -> No
     """From the best constant dials, as no policy to resume is given."""
     done = run(
         tmp_path, "train", "hydra.run.dir=.", "env=live", f"engine={profile}", *SMALL, "total_steps=20",
-        "compare.policies=[qoserve]",
+        "policies=[qoserve]",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     history = json.loads((tmp_path / "history.json").read_text())
@@ -71,7 +71,7 @@ def test_an_agent_learns_on_the_live_engine(profile: Path, tmp_path: Path) -> No
 
 def test_an_agent_of_the_surrogate_is_tuned_on_the_live_engine(profile: Path, tmp_path: Path) -> None:
     """Its groups of members shrink to one engine."""
-    settings = (f"engine={profile}", *SMALL, "compare.policies=[]")
+    settings = (f"engine={profile}", *SMALL, "policies=[]")
     done = run(
         tmp_path, "train", "hydra.run.dir=before", *settings, "env.members=4", "env.group_size=2", "env.traces=2",
         "validation.members=1", "total_steps=40", "agent.warm_start=false",

@@ -16,7 +16,8 @@ from flexirl.runtime.profile.engine import load_profile, save_profile
 
 EPISODE = ("workload.duration_s=20", "workload.warmup_s=2")
 SMALL = (*EPISODE, "env.members=8", "env.group_size=4", "env.traces=4", "total_steps=4096", "validation.members=2",
-         "agent.hyperparameters.batch_size=512", "compare.seeds=1", "progress=false")  # fmt: skip
+         "agent.hyperparameters.batch_size=512", "seeds=1", "progress=false")  # fmt: skip
+BAR = "%|"  # what a progress bar cannot do without
 LEADERBOARD = {
     "policy", "workload", "engine", "load", "seed", "revenue_per_s", "immediate_attainment",
     "immediate_goodput_tokens_per_s", "prompt_tokens_per_s", "output_tokens_per_s",
@@ -36,7 +37,7 @@ RUN_FILES = {
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small training run."""
     folder = tmp_path_factory.mktemp("trained")
-    ran = run(folder, "train", "hydra.run.dir=.", *SMALL, "compare.policies=[vllm_fcfs,hygen]")
+    ran = run(folder, "train", "hydra.run.dir=.", *SMALL, "policies=[vllm_fcfs,hygen]")
     assert ran.returncode == 0, ran.stderr
     assert "optimises" in ran.stdout and "vllm_fcfs" in ran.stdout
     return folder
@@ -86,9 +87,7 @@ def test_the_exported_policy_describes_itself(trained: Path) -> None:
 
 def test_training_resumes(trained: Path, tmp_path: Path) -> None:
     policy = trained / "policy.zip"
-    ran = run(
-        tmp_path, "train", "hydra.run.dir=out", f"resume={policy}", *SMALL, "total_steps=2048", "compare.policies=[]"
-    )
+    ran = run(tmp_path, "train", "hydra.run.dir=out", f"resume={policy}", *SMALL, "total_steps=2048", "policies=[]")
     assert ran.returncode == 0, ran.stderr
     steps = [load_from_zip_file(folder / "policy.zip")[0]["num_timesteps"] for folder in (trained, tmp_path / "out")]
     history = json.loads((tmp_path / "out" / "history.json").read_text())
@@ -99,14 +98,14 @@ def test_training_resumes(trained: Path, tmp_path: Path) -> None:
 
 
 def test_without_steps_the_agent_it_starts_from_is_what_comes_out(tmp_path: Path) -> None:
-    ran = run(tmp_path, "train", "hydra.run.dir=out", *SMALL, "total_steps=0", "compare.policies=[]")
-    assert ran.returncode == 0, ran.stderr
+    ran = run(tmp_path, "train", "hydra.run.dir=out", *SMALL, "total_steps=0", "policies=[]", bars=True)
+    assert ran.returncode == 0 and BAR not in ran.stderr, ran.stderr
     assert [row["steps"] for row in json.loads((tmp_path / "out" / "history.json").read_text())] == [0]
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"policy.onnx", "policy.zip", "reward.png"}
 
 
 def test_sweeps_give_every_job_a_folder(tmp_path: Path) -> None:
-    swept = run(tmp_path, "train", "--multirun", "hydra.sweep.dir=.", *SMALL, "seed=1,2", "compare.policies=[]")
+    swept = run(tmp_path, "train", "--multirun", "hydra.sweep.dir=.", *SMALL, "seed=1,2", "policies=[]")
     assert swept.returncode == 0, swept.stderr
     first, second = (json.loads((tmp_path / job / "history.json").read_text()) for job in "01")
     assert first != second
@@ -126,8 +125,11 @@ def test_policies_are_evaluated_on_the_same_arrivals(trained: Path, tmp_path: Pa
         "workload=high_bursty",
         "engine=mine.json",
         "seeds=2",
+        "progress=false",
+        bars=True,
     )
-    assert ran.returncode == 0, ran.stderr
+    assert ran.returncode == 0 and BAR not in ran.stderr, ran.stderr
+    assert (tmp_path / "out" / "command.txt").read_text().startswith("python -m flexirl.evaluate hydra.run.dir=out")
     rows = leaderboard(tmp_path / "out")
     assert len(rows) == 8 and {row["seed"] for row in rows} == {0, 1}
     assert all(row["engine"] == "a100-llama-3.1-8b" and row["workload"] == "high_bursty" for row in rows)
@@ -143,13 +145,16 @@ def test_policies_are_evaluated_on_the_same_arrivals(trained: Path, tmp_path: Pa
         (("workload=trace", "workload.path=nowhere.csv"), "nowhere.csv does not exist"),
         (("workload=trace", "workload.path=bad.csv"), "no column output_tokens"),
         (("workload=trace", "workload.path=negative.csv"), "prompt_tokens"),
-        (("compare.policies=[fifo]",), "'fifo' is unknown; choose from"),
+        (("policies=[fifo]",), "'fifo' is unknown; choose from"),
         (("engine=h999",), "Could not find 'engine/h999'"),
         (("engine=nowhere.json",), "nowhere.json does not exist"),
         (("agent=dqn",), "env=grid"),
         (("total_steps=-1",), "total_steps=-1"),
         (("engine.kv_blocks=-5",), "engine.kv_blocks=-5"),
-        (("compare.policies=hygen",), "compare.policies=hygen is not a list"),
+        (("policies=hygen",), "policies=hygen is not a list"),
+        (("compare.seeds=1",), "compare.seeds is called seeds now."),
+        (("++compare.policies=[hygen]",), "compare.policies is called policies now."),
+        (("progress=off",), "progress=off is neither true nor false"),
         (("env.members=10",), "env.members=10 is not a multiple of env.group_size=8"),
     ],
 )
@@ -166,6 +171,7 @@ def test_training_with_bad_input(tmp_path: Path, arguments: tuple[str, ...], mes
         (("policies=[broken.onnx]",), "broken.onnx is not a readable ONNX file"),
         (("seeds=0",), "seeds=0"),
         (("seeds=many",), "seeds=many"),
+        (("env.executor=live",), "env.executor is called executor now."),
     ],
 )
 def test_evaluating_bad_input(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:

@@ -13,6 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from flexirl.envs.fleet import Fleet, Task
+from flexirl.envs.rollout import play
+from flexirl.experiments.seeds import COMPARISON_SEED, TUNING_SEED
 from flexirl.policies.heuristics.base import tune
 from flexirl.policies.interface.policy import Policy
 from flexirl.policies.registry import make_policy
@@ -23,8 +25,6 @@ from flexirl.runtime.simulator.simulation import Run, simulate
 from flexirl.workloads.trace import DEFERRED, Trace
 
 ANCHORS = ("immediate_only", "deferred_only")
-# Seeds of training, tuning and comparison are kept apart, so that nothing is judged on what it was fitted to.
-TUNING_SEED, COMPARISON_SEED = 500_000, 1_000_000
 
 Row = dict[str, Any]
 
@@ -77,27 +77,28 @@ def compare(
     tuning_task: Task | None = None,
     base_seed: int = 0,
     runner: Runner = on_surrogate,
+    progress: bool = True,
 ) -> Comparison:
     """Runs every policy on `seeds` episodes of the task; the anchors always run, since figures refer to them.
 
     tuning_task: where knobs that are searched per scenario are searched; the task itself, on other seeds, by default.
-    runner: the engine; the surrogate, or a live one. Raises UserError for an unknown policy.
+    runner: the engine; the surrogate, or a live one; progress: shows a bar. Raises UserError for an unknown policy.
     """
     names = list(dict.fromkeys([*names, *ANCHORS]))
     policies = [make_policy(name) for name in names]
     traces = episodes(task, seeds, base_seed)
     rows: list[Row] = []
     first_runs: dict[str, Run] = {}
-    with tqdm(total=len(policies) * seeds, unit=" runs", desc="comparing", leave=False) as progress:
+    with tqdm(total=len(policies) * seeds, unit=" runs", desc="comparing", leave=False, disable=not progress) as bar:
         for policy in policies:
-            progress.set_postfix_str(policy.name)
+            bar.set_postfix_str(policy.name)
             ready = tune(policy, TuningEpisodes(tuning_task or task, base_seed), task.slo, base_seed)
             for i, trace in enumerate(traces):
                 run = run_policy(ready, task, trace, i, runner)
                 rows.append(row_of(policy, task, trace, i, run))
                 if i == 0:
                     first_runs[policy.name] = run
-                progress.update()
+                bar.update()
     relate_to_anchors(rows)
     return Comparison(rows, first_runs)
 
@@ -151,12 +152,8 @@ class TuningEpisodes:
 def worth_of_dials(tasks: Sequence[Task], settings: np.ndarray, episodes: int, seed: int) -> np.ndarray:
     """Mean revenue share of constant dial settings over so many episodes of the tasks: (n, dials) to (n,)."""
     fleet = Fleet([replace(task, action="dials") for task in tasks], episodes * len(settings), len(settings), episodes)
-    fleet.reset(seed)
     actions = np.tile(settings, (episodes, 1))
-    over = np.zeros(fleet.members, bool)
-    while not over.all():
-        over = fleet.step(actions)[2]
-    shares = [fleet.episode_figures(m)["revenue_share"] for m in range(fleet.members)]
+    shares = [figures["revenue_share"] for figures in play(fleet, seed, lambda _: actions).figures]
     fleet.close()
     return np.reshape(shares, (episodes, len(settings))).mean(axis=0)
 

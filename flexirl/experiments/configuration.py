@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.version import VersionBase
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from flexirl.envs.batching import BatchingEnv
@@ -16,6 +18,7 @@ from flexirl.envs.live import CLOCKS, LiveFleet
 from flexirl.envs.reward import Reward
 from flexirl.envs.vector import BatchingVectorEnv
 from flexirl.errors import UserError
+from flexirl.experiments.renamed import check_names_of_settings
 from flexirl.policies.interface.policy import Policy
 from flexirl.policies.registry import make_policy
 from flexirl.runtime.live.executor import Executor
@@ -97,6 +100,13 @@ def count_of(value: object, name: str, least: int = 1) -> int:
     return value
 
 
+def flag_of(value: object, name: str) -> bool:
+    """`value` as a flag; raises UserError for anything but true and false, such as the word off."""
+    if not isinstance(value, bool):
+        raise UserError(f"{name}={value} is neither true nor false.")
+    return value
+
+
 def names_of(value: object, name: str) -> list[str]:
     """`value` as a list of names; raises UserError for a single one, whose letters would pass for names."""
     if not isinstance(value, Sequence | ListConfig) or isinstance(value, str):
@@ -120,6 +130,11 @@ def load_task(config: DictConfig) -> Task:
     )
 
 
+def load_task_on(config: DictConfig, trace: str) -> Task:
+    """The task of `config` with the trace in that file in place of its own."""
+    return load_task(OmegaConf.merge(config, {"workload": {"path": trace}}))  # type: ignore[arg-type]
+
+
 def load_tasks(config: DictConfig) -> list[Task]:
     """What is trained on: the task of `config`, or those of the mixture of group `mixture`."""
     mixture = config.get("mixture")
@@ -134,17 +149,35 @@ def load_validation_tasks(config: DictConfig) -> list[Task]:
     return _mixed(config, range(first, first + count_of(config.validation.members, "validation.members")))
 
 
+def held_out_task(config: DictConfig, task: Task) -> Task:
+    """The task to validate and compare on: the held-out part of a recorded trace, else the same with other seeds."""
+    path = config.validation.path
+    if path is None and config.workload.immediate.kind == "trace":
+        recorded = Path(config.workload.path)
+        beside = recorded.with_name(recorded.name.replace(".csv", ".val.csv", 1))
+        path = str(beside) if beside != recorded and beside.is_file() else None
+    if path is None:
+        return task
+    held_out = load_task_on(config, path)
+    duration_s = held_out.scenario.duration_s
+    if duration_s is not None and held_out.scenario.immediate.length_s(None, held_out.service_time_s) < duration_s:
+        # Too short for a window of that length: all of it.
+        held_out = replace(held_out, scenario=replace(held_out.scenario, duration_s=None))
+    return held_out
+
+
 def _mixed(config: DictConfig, numbers: Iterable[int]) -> list[Task]:
     """Task i of a mixture takes entry i of each of its axes, lists of overrides that are repeated as often as needed.
 
     With lengths that have no common divisor, everything comes to meet everything.
     """
     axes = config.mixture.axes.values()
-    shared = OmegaConf.create({name: config[name] for name in ("env", "reward")})
     tasks = []
     for i in numbers:
         overrides = [override for axis in axes for override in axis[i % len(axis)]]
-        tasks.append(load_task(OmegaConf.merge(_train_config(overrides), shared)))  # type: ignore[arg-type]
+        task = _train_config(overrides)
+        task.env, task.reward = config.env, config.reward
+        tasks.append(load_task(task))
     return tasks
 
 
@@ -160,9 +193,9 @@ def make_vector_env(
     return BatchingVectorEnv(task or default_task(overrides), num_envs, **options)
 
 
-def make_live_env(overrides: Sequence[str] = (), **options: Any) -> BatchingEnv:
+def make_live_env(overrides: Sequence[str] | str = (), **options: Any) -> BatchingEnv:
     """Entry point of `flexirl/LiveBatching-v0`: the engine of `flexirl.train env=live` with these overrides."""
-    config = _train_config(["env=live", *overrides])
+    config = _train_config(["env=live", *_listed(overrides)])
     task = load_task(config)
     return BatchingEnv(load_live_fleet(config, task, load_executor(config)[1]), **options)
 
@@ -179,12 +212,19 @@ def default_task(overrides: Sequence[str] | str = ()) -> Task:
     return load_task(_train_config(overrides))
 
 
+def _listed(overrides: Sequence[str] | str) -> list[str]:
+    return [overrides] if isinstance(overrides, str) else list(overrides)
+
+
 def _train_config(overrides: Sequence[str] | str) -> DictConfig:
+    listed = _listed(overrides)
+    check_names_of_settings(listed)
     # Whoever calls may be in a Hydra application of their own, whose state is to be found as it was.
-    theirs = GlobalHydra.instance().hydra
+    theirs, behaviour = GlobalHydra.instance().hydra, VersionBase.instance().version_base
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose("train", [overrides] if isinstance(overrides, str) else list(overrides))
+            return compose("train", listed)
     finally:
         GlobalHydra.instance().hydra = theirs
+        VersionBase.instance().version_base = behaviour

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from flexirl.errors import UserError
+from flexirl.experiments.renamed import check_names_of_settings
 
 _CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -33,8 +34,9 @@ def run_program(config_name: str, body: Callable[[DictConfig], object]) -> None:
             _fail(error)
 
     try:
+        check_names_of_settings(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(_CONF), config_name=config_name)(guarded)()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (UserError, HydraException, OmegaConfBaseException) as error:
         _fail(error)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -14,6 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from tqdm import tqdm
 
 from flexirl.envs.fleet import Fleet
+from flexirl.envs.rollout import play
 from flexirl.policies.interface.action import DIALS
 
 FIGURES = ("revenue_per_s", "revenue_share", "immediate_attainment", "deferred_tokens_per_s", "preemptions_per_s")
@@ -21,21 +22,19 @@ FIGURES = ("revenue_per_s", "revenue_share", "immediate_attainment", "deferred_t
 
 def validate(agent: BaseAlgorithm, fleet: Fleet, seed: int) -> dict[str, float]:
     """Mean figures of the agent's deterministic policy over one episode of every member."""
-    observations = fleet.reset(seed)
     masked = isinstance(agent, MaskablePPO)
     memory: Any = None
-    over = np.zeros(fleet.members, bool)
     began = np.ones(fleet.members, bool)
-    total = np.zeros(fleet.members)
-    while not over.all():
+
+    def act(observations: np.ndarray) -> np.ndarray:
+        nonlocal memory
         masks: dict[str, Any] = {"action_masks": fleet.action_masks()} if masked else {}
         action, memory = agent.predict(observations, state=memory, episode_start=began, deterministic=True, **masks)
-        observations, rewards, over = fleet.step(action)
-        total += rewards
         began[:] = False
-    figures = [fleet.episode_figures(m) for m in range(fleet.members)]
-    mean = {name: float(np.mean([figure[name] for figure in figures])) for name in FIGURES}
-    return {**mean, "reward": float(total.mean())}
+        return action
+
+    played = play(fleet, seed, act)
+    return {**{name: played.mean(name) for name in FIGURES}, "reward": float(played.rewards.mean())}
 
 
 class Training(BaseCallback):

@@ -11,12 +11,13 @@ from omegaconf import OmegaConf
 
 from flexirl.errors import UserError
 from flexirl.experiments.configuration import CONF, load_tasks
+from flexirl.experiments.seeds import PRETRAINED_SEED
 from flexirl.policies.deploy.learned import LearnedPolicy, load_policy
 from flexirl.policies.interface.action import NUM_DIALS
 from flexirl.policies.registry import PRETRAINED, PRETRAINED_FILE, make_policy
 from flexirl.policies.training.agents import start_at
 from flexirl.policies.training.export import export
-from flexirl.pretrained import COMMON_SEED, revenue_share, ship_mean, validated_tasks
+from flexirl.pretrained import revenue_share, ship_mean, validated_tasks
 
 
 def test_it_comes_with_the_package() -> None:
@@ -29,7 +30,7 @@ def test_it_comes_with_the_package() -> None:
 def test_it_earns_what_its_metadata_says() -> None:
     policy = make_policy(PRETRAINED)
     assert isinstance(policy, LearnedPolicy)
-    share = revenue_share(policy.network, validated_tasks(policy.metadata["training"]), COMMON_SEED)
+    share = revenue_share(policy.network, validated_tasks(policy.metadata["training"]), PRETRAINED_SEED)
     assert share == pytest.approx(policy.metadata["revenue_share"], abs=2e-3)
     assert len(policy.network.numbers) == len(policy.metadata["seeds"]) == 5
 
@@ -53,10 +54,10 @@ def test_the_mean_of_several_runs_ships_and_says_what_all_earned(tmp_path: Path)
     shares, share = ship_mean(runs, tmp_path / "shipped.onnx")
     shipped = load_policy(tmp_path / "shipped.onnx")
     tasks = load_tasks(OmegaConf.create(shipped.metadata["training"]))
-    alone = [revenue_share(load_policy(run / "policy.onnx").network, tasks, COMMON_SEED) for run in runs]
+    alone = [revenue_share(load_policy(run / "policy.onnx").network, tasks, PRETRAINED_SEED) for run in runs]
     between = load_policy(run_folder(tmp_path / "c", 5, -0.5) / "policy.onnx").network
     assert shares == {3: alone[0], 4: alone[1]} and alone[0] < alone[1]
-    assert share == pytest.approx(revenue_share(between, tasks, COMMON_SEED), rel=1e-3)
+    assert share == pytest.approx(revenue_share(between, tasks, PRETRAINED_SEED), rel=1e-3)
     assert shipped.metadata["seeds"] == {str(seed): earned for seed, earned in shares.items()}
     assert shipped.metadata["revenue_share"] == share
 

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flexirl.errors import UserError
+from flexirl.runtime.live.shadow import COMPARED
 from flexirl.runtime.simulator.simulation import TIMELINE, timeline_row
 
 if TYPE_CHECKING:
-    from flexirl.runtime.live.engine import Step
+    from flexirl.runtime.live.step import Step
 
 _PROCESS = 1
 _ITERATIONS, _HOST, _DECISIONS = 1, 2, 3  # tracks
@@ -29,8 +30,8 @@ _TRACKS = {_ITERATIONS: "iterations", _HOST: "host", _DECISIONS: "decisions"}
 class Recording:
     """Writes `trace.json` and `timeline.csv` into a folder as iterations come; a context manager.
 
-    Give `Recording(folder)` to `LiveEngine(on_step=...)`. Both files are written line by line: what has happened so far
-    is there if the process dies (Perfetto reads an unclosed trace).
+    Give `Recording(folder)` to a live engine as `Options(on_step=...)`. Both files are written line by line: what has
+    happened so far is there if the process dies (Perfetto reads an unclosed trace).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,7 +66,7 @@ class Recording:
         if self._decision is None or step.decision != self._decision:
             changed = {
                 field: step.decision[field].item()
-                for field in step.decision.dtype.names or ()
+                for field in COMPARED
                 if self._decision is None or step.decision[field] != self._decision[field]
             }
             # JSON has no infinity.

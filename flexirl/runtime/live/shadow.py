@@ -9,13 +9,13 @@ from types import TracebackType
 
 import numpy as np
 
-from flexirl.policies.interface.decision import DECISION
+from flexirl.policies.interface.decision import DECISION, unsound
 from flexirl.policies.interface.policy import Policy
 from flexirl.policies.interface.view import View
 
 _LOG = logging.getLogger(__name__)
 COLUMNS = ("time_s", "field", "decided", "shadow")
-_COMPARED = [name for name in DECISION.names or () if DECISION[name].shape == ()]  # not scores of single requests
+COMPARED = [name for name in DECISION.names or () if DECISION[name].shape == ()]  # not scores of single requests
 
 
 class Shadow:
@@ -54,14 +54,17 @@ class Shadow:
             return
         try:
             other = self.policy.decide(view)
+            trouble = unsound(other)
+            if trouble is not None:
+                raise ValueError(trouble)
+            differing = [name for name in COMPARED if decision[name] != other[name]]
+            for name in differing:
+                self._rows.writerow((view.now_s, name, decision[name].item(), other[name].item()))
         except Exception as error:  # the engine must not suffer for it
             self._fail(error)
             return
         self.asked += 1
-        differing = [name for name in _COMPARED if decision[name] != other[name]]
         self.differences += bool(differing)
-        for name in differing:
-            self._rows.writerow((view.now_s, name, decision[name].item(), other[name].item()))
 
     def _fail(self, error: Exception) -> None:
         self._failed = True

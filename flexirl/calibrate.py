@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
 
 from flexirl.experiments.configuration import load_executor, number, seed_of
 from flexirl.experiments.plots import plot_calibration
 from flexirl.experiments.program import output_folder, run_program
 from flexirl.policies.registry import make_policy
+from flexirl.progress import progress_bar
 from flexirl.runtime.fitting.calibration import calibrate
 from flexirl.runtime.profile.capacity import ServiceTime
 from flexirl.runtime.profile.engine import save_profile
@@ -42,7 +42,7 @@ def run(config: DictConfig) -> None:
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
         "date": datetime.date.today().isoformat(),
     }  # fmt: skip
-    with tqdm(total=100, unit="%", desc="measuring", disable=not config.progress) as bar:
+    with progress_bar(100, "%", config.progress, desc="measuring") as bar:
         name = str(config.name or f"{Path(model.name).name}-{model.device.type}")
         found = calibrate(
             executor,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
@@ -17,21 +17,20 @@ from flexirl.errors import UserError
 from flexirl.experiments.configuration import count_of, load_executor, load_rule, load_slo, number, seed_of
 from flexirl.experiments.plots import plot_timeline
 from flexirl.experiments.program import output_folder, run_program
-from flexirl.policies.interface.policy import interval_of
+from flexirl.experiments.prompts import CLASSES, PromptParser, json_object, read_lines, take_id
 from flexirl.policies.registry import make_policy
+from flexirl.progress import progress_bar
 from flexirl.runtime.live.engine import LiveEngine
+from flexirl.runtime.live.guarded import words
+from flexirl.runtime.live.options import Options
 from flexirl.runtime.live.recording import Recording, read_timeline
-from flexirl.runtime.live.requests import ERROR, Completion, Image, Request, Update
-from flexirl.runtime.live.sampling import Sampling
+from flexirl.runtime.live.requests import ERROR, Completion, Request, Update
 from flexirl.runtime.live.shadow import Shadow
 from flexirl.runtime.profile.engine import EngineProfile
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
-if TYPE_CHECKING:
-    from flexirl.runtime.models.loading import LoadedModel
-
-CLASSES = {"immediate": IMMEDIATE, "deferred": DEFERRED}
 MOST_REQUESTS = 4096  # waiting and running at once; further ones follow as these end
+FALLBACK = "qoserve"  # decides where the policy fails
 _LINE = 100  # characters of a text printed on one line
 
 
@@ -49,7 +48,7 @@ def run(config: DictConfig) -> None:
 
     with (
         open(folder / "completions.jsonl", "w") as file,
-        tqdm(total=len(lines), unit=" requests", disable=not config.progress) as progress,
+        progress_bar(len(lines), " requests", config.progress) as progress,
         Recording(folder) if config.record else nullcontext() as recording,
         Shadow(other, folder / "shadow.csv") if other is not None else nullcontext() as shadow,
     ):
@@ -58,8 +57,10 @@ def run(config: DictConfig) -> None:
         waiting: deque[Request] = deque()
 
         def end(completion: Completion) -> None:
-            results.end(completion)
-            feed()
+            try:
+                results.end(completion)
+            finally:
+                feed()
 
         def feed() -> None:
             while waiting and engine.unfinished < MOST_REQUESTS:
@@ -71,29 +72,21 @@ def run(config: DictConfig) -> None:
                     results.fail(request.id, str(error))
 
         interval_s = None if config.interval_s is None else number(config.interval_s, "interval_s")
-        engine = LiveEngine(
-            executor, policy, slo, model.tokenizer, interval_s=interval_of(policy, interval_s),
-            max_requests=min(len(lines), MOST_REQUESTS), save_blocks=config.save_blocks, safepoints=config.safepoints,
-            seed=seed_of(config.seed), shadow=shadow, on_end=end, on_step=recording,
+        options = Options(
+            tokenizer=model.tokenizer, interval_s=interval_s, max_requests=min(len(lines), MOST_REQUESTS),
+            save_blocks=config.save_blocks, safepoints=config.safepoints, seed=seed_of(config.seed),
+            fallback=make_policy(FALLBACK), shadow=shadow, on_end=end, on_step=recording,
         )  # fmt: skip
-        for place, line in lines:
-            request_id = place
-            try:
-                fields = json_object(line)
-                request_id = str(fields.pop("id", place))
-                if request_id in results.expected:
-                    raise UserError(f"Request {request_id} is there already; give each line an id of its own.")
-                request = parse(request_id, fields, model, path.parent, max_tokens, printer if config.stream else None)
-                results.expected[request_id] = request.request_class
-                waiting.append(request)
-            except UserError as error:
-                results.fail(request_id, str(error))
+        engine = LiveEngine(executor, policy, slo, options)
+        longest = int(executor.profile.values["max_model_len"])
+        parser = PromptParser(model, path.parent, max_tokens, longest, printer if config.stream else None)
+        waiting.extend(requests_of(lines, parser, results))
         feed()
         try:
             engine.drain()
         except KeyboardInterrupt:
             progress.write("interrupted; what has ended is written")
-        for request_id in results.expected:
+        for request_id in list(results.expected):
             results.fail(request_id, f"It did not end under policy {policy.name}; choose another one.")
     if config.record:
         plot_timeline(read_timeline(folder / "timeline.csv"), policy.name, folder / "timeline.png")
@@ -103,70 +96,22 @@ def run(config: DictConfig) -> None:
     print(f"written to {folder / 'completions.jsonl'}")
 
 
-def read_lines(path: Path) -> list[tuple[str, str]]:
-    """The lines of a file that are not blank, each with its place ("line 3"); raises UserError if there are none."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"prompts={path} does not exist.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts={path} cannot be read as UTF-8 text ({error}).") from None
-    lines = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise UserError(f"prompts={path} is empty; give it one JSON object a line.")
-    return lines
-
-
-def json_object(line: str) -> dict[str, Any]:
-    """The fields of a line; raises UserError for anything but a JSON object."""
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"This is not JSON ({error}).") from None
-    if not isinstance(fields, dict):
-        raise UserError('This is not a JSON object; write {"prompt": "..."}.')
-    return fields
-
-
-def parse(
-    request_id: str,
-    fields: dict[str, Any],
-    model: LoadedModel,
-    folder: Path,
-    max_tokens: int,
-    listener: Callable[[Update], None] | None,
-) -> Request:
-    """The request with these fields, whose id is taken out; raises UserError, naming the field.
-
-    folder: where paths of images begin.
-    """
-    kind = fields.pop("class", "immediate")
-    if kind not in CLASSES:
-        raise UserError(f"class={kind!r} is neither immediate nor deferred.")
-    text, tokens = fields.pop("prompt", None), fields.pop("prompt_token_ids", None)
-    if (text is None) == (tokens is None):
-        raise UserError("A request needs either a prompt or prompt_token_ids.")
-    if tokens is None:
-        if model.tokenizer is None:
-            raise UserError("The model has no tokenizer; give prompt_token_ids in place of a prompt.")
-        if not isinstance(text, str):
-            raise UserError(f"prompt={text!r} is not a text.")
-        tokens = model.tokenizer(text)["input_ids"]
-    elif not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
-        raise UserError("prompt_token_ids is not a list of whole numbers.")
-    images: list[Image] = []
-    if "images" in fields:
-        paths = fields.pop("images")
-        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-            raise UserError(f"images={paths!r} is not a list of paths.")
-        if model.image_files is None:
-            raise UserError("The model takes no image files; send text alone.")
-        images = [model.image_files.read(folder / path) for path in paths]
-        tokens = model.image_files.expand(tokens, images)
-    limit = fields.pop("max_tokens", max_tokens)
-    if type(limit) is not int:
-        raise UserError(f"max_tokens={limit!r} is not a whole number.")
-    return Request(request_id, tokens, limit, CLASSES[kind], Sampling.of(fields), listener=listener, images=images)
+def requests_of(lines: list[tuple[str, str]], parser: PromptParser, results: Results) -> Iterator[Request]:
+    """The requests in these lines; a line that is none fails, and says so, by itself."""
+    for place, line in lines:
+        request_id = place
+        try:
+            fields = json_object(line)
+            request_id = take_id(fields, place)
+            if request_id in results.expected:
+                raise UserError(f"Request {request_id} is there already; give each line an id of its own.")
+            request = parser.request(request_id, fields)
+        except Exception as error:  # whatever is wrong with a line, the others run
+            trouble = str(error) if isinstance(error, UserError) else f"It cannot be read ({words(error)})."
+            results.fail(request_id, trouble if request_id == place else f"{place}: {trouble}")
+        else:
+            results.expected[request_id] = request.request_class
+            yield request
 
 
 class Results:
@@ -199,7 +144,7 @@ class Results:
             fields["logprobs"] = [{"token": each.token, "likeliest": each.likeliest} for each in completion.logprobs]
         if completion.error is not None:
             fields["error"] = completion.error
-            self._progress.write(f"{completion.id}: {completion.error}")
+            self._progress.write(harmless(f"{completion.id}: {completion.error}"))
         self._file.write(json.dumps(fields) + "\n")
         self._file.flush()
         self._progress.update()
@@ -224,9 +169,12 @@ class Printer:
         elif rest:
             self._pending[update.id] = rest
         for line in whole:
-            # A model may say anything, and a terminal would obey some of it.
-            harmless = "".join(character if character.isprintable() else "·" for character in line)
-            self._write(f"{update.id} | {harmless}")
+            self._write(harmless(f"{update.id} | {line}"))
+
+
+def harmless(line: str) -> str:
+    """The line as it can be printed: a model may say anything, and a terminal would obey some of it."""
+    return "".join(character if character.isprintable() else "·" for character in line)
 
 
 def describe(profile: EngineProfile) -> str:

@@ -16,6 +16,7 @@ from flexirl.policies.interface.view import View
 from flexirl.runtime.live.block_table import BlockTable, check_blocks, reconcile
 from flexirl.runtime.live.engine import LiveEngine
 from flexirl.runtime.live.executor import Batch, Interrupted, Moves, Outcome, OutOfMemory
+from flexirl.runtime.live.options import Options
 from flexirl.runtime.live.requests import Completion
 from flexirl.runtime.models.host_cache import HostCache
 from flexirl.runtime.profile.engine import EngineProfile
@@ -193,14 +194,18 @@ class LiveRun:
     def __init__(self, executor: Any, policy: Any, **options: Any) -> None:
         self.completions: dict[str, Completion] = {}
         self.executor = executor
-        self.engine = LiveEngine(
-            executor, policy, options.pop("slo", SLO(1.0, 0.05)), on_end=self._on_end,
-            **{"clock": TickClock(), "max_requests": 64, **options},
-        )  # fmt: skip
+        self._ended: list[str] = []
+        slo = options.pop("slo", SLO(1.0, 0.05))
+        defaults = {"clock": TickClock(), "max_requests": 64, "on_end": self._on_end}
+        self.engine = LiveEngine(executor, policy, slo, Options(**{**defaults, **options}))
 
     def _on_end(self, completion: Completion) -> None:
-        assert completion.id not in self.completions, "a request ended twice"
+        self._ended.append(completion.id)
         self.completions[completion.id] = completion
+
+    def obey(self, policy: Any) -> None:
+        """Has another policy decide from here on, without anybody noticing."""
+        self.engine._deciding.policy = policy
 
     def step(self, iterations: int = 1) -> None:
         """Decides, runs some iterations, checks everything."""
@@ -212,6 +217,7 @@ class LiveRun:
         """The scheduler's invariants, and every block of device and host memory in one place; the next block table."""
         state, table = self.engine.state, self.engine._table
         check_invariants(state, reused=True)
+        assert len(set(self._ended)) == len(self._ended), "a request ended twice"
         # What has ended since the last plan gives its blocks back with the next one.
         next_table = BlockTable(*(array.copy() for array in table))
         scratch = np.zeros(2 * len(state.running), np.int32)
@@ -220,7 +226,7 @@ class LiveRun:
         host: HostCache = self.executor.host
         on_host = [*host._free, *(block for blocks in host._held.values() for block in blocks)]
         assert sorted(on_host) == list(range(len(host._store))), "a host block is held twice or lost"
-        assert set(host._held) <= set(self.engine._place_of.values()), "an ended request holds host memory"
+        assert set(host._held) <= set(self.engine._places.place_of.values()), "an ended request holds host memory"
         return next_table
 
     def drain(self) -> None:

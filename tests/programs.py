@@ -10,15 +10,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def run(folder: Path, name: str, *arguments: str, bars: bool = False) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m flexirl.<name> <arguments>` in a folder, PyTorch on one thread.
-
-    bars: progress bars, which are not shown otherwise, may be, if the arguments do not say otherwise.
-    """
+def run(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m flexirl.<name> <arguments>` in a folder, PyTorch on one thread."""
     return subprocess.run(
         [sys.executable, "-m", f"flexirl.{name}", *arguments],
         capture_output=True, text=True, check=False, cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "" if bars else "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 

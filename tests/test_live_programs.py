@@ -93,7 +93,7 @@ def test_an_agent_of_the_surrogate_is_tuned_on_the_live_engine(profile: Path, tm
         ("train", ("env=live", "env.clock=sand"), "env.clock=sand is unknown; choose from virtual, wall"),
         ("train", ("env=live", "env.members=2"), "env.members"),
         ("evaluate", ("executor=abacus",), "abacus is no engine"),
-        ("evaluate", ("executor=live", "policies=[qoserve]", "seeds=1"), "longer than the"),
+        ("evaluate", ("executor=live", "policies=[qoserve]", "seeds=1", "progress=false"), "longer than the"),
     ],
 )
 def test_bad_input_is_told_in_a_sentence(tmp_path: Path, name: str, arguments: tuple[str, ...], message: str) -> None:

@@ -98,7 +98,7 @@ def test_training_resumes(trained: Path, tmp_path: Path) -> None:
 
 
 def test_without_steps_the_agent_it_starts_from_is_what_comes_out(tmp_path: Path) -> None:
-    ran = run(tmp_path, "train", "hydra.run.dir=out", *SMALL, "total_steps=0", "policies=[]", bars=True)
+    ran = run(tmp_path, "train", "hydra.run.dir=out", *SMALL, "total_steps=0", "policies=[]")
     assert ran.returncode == 0 and BAR not in ran.stderr, ran.stderr
     assert [row["steps"] for row in json.loads((tmp_path / "out" / "history.json").read_text())] == [0]
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"policy.onnx", "policy.zip", "reward.png"}
@@ -126,7 +126,6 @@ def test_policies_are_evaluated_on_the_same_arrivals(trained: Path, tmp_path: Pa
         "engine=mine.json",
         "seeds=2",
         "progress=false",
-        bars=True,
     )
     assert ran.returncode == 0 and BAR not in ran.stderr, ran.stderr
     assert (tmp_path / "out" / "command.txt").read_text().startswith("python -m flexirl.evaluate hydra.run.dir=out")

@@ -19,6 +19,7 @@ from flexirl.benches.figures import Row, report
 from flexirl.policies.registry import PRETRAINED, make_policy
 from flexirl.runtime.live.engine import LiveEngine
 from flexirl.runtime.live.executor import Batch, Outcome
+from flexirl.runtime.live.options import Options
 from flexirl.runtime.live.requests import Completion, Request
 from flexirl.runtime.live.sampling import Sampling
 from flexirl.runtime.models.executor import ModelExecutor, fit_profile
@@ -63,7 +64,7 @@ def overhead(repeats: int) -> Iterator[Row]:
     forward leaves the processor's caches full of weights and keys, so this is more than the same work takes in a loop.
     """
     executor = TimedExecutor()
-    engine = LiveEngine(executor, make_policy("vllm_priority"), SLO(1.0, 0.05), interval_s=0.2)
+    engine = LiveEngine(executor, make_policy("vllm_priority"), SLO(1.0, 0.05), Options(interval_s=0.2))
     for i, prompt in enumerate(_prompts(SEATS, 64, 64)):
         kind = DEFERRED if i % 2 else IMMEDIATE
         engine.add_request(Request(str(i), prompt, 1000, kind, TOKEN_BY_TOKEN, ttft_s=1e9, tpot_s=1e9))
@@ -83,7 +84,7 @@ def decisions(repeats: int) -> Iterator[Row]:
 
     It is asked four times as often as usual, to have enough of them for a 99th percentile.
     """
-    engine = LiveEngine(TimedExecutor(), make_policy(PRETRAINED), SLO(1.0, 0.05), interval_s=0.05)
+    engine = LiveEngine(TimedExecutor(), make_policy(PRETRAINED), SLO(1.0, 0.05), Options(interval_s=0.05))
     for i, prompt in enumerate(_prompts(SEATS, 64, 64)):
         engine.add_request(Request(str(i), prompt, 1000, DEFERRED if i % 2 else IMMEDIATE, TOKEN_BY_TOKEN))
     engine.run(5.0 * repeats)
@@ -124,7 +125,7 @@ class OurGeneration:
 
     def __init__(self) -> None:
         self._ended: dict[str, Completion] = {}
-        self._engine = LiveEngine(TimedExecutor(), make_policy("vllm_fcfs"), SLO(1.0, 0.05), on_end=self._end)
+        self._engine = LiveEngine(TimedExecutor(), make_policy("vllm_fcfs"), SLO(1.0, 0.05), Options(on_end=self._end))
 
     def _end(self, completion: Completion) -> None:
         self._ended[completion.id] = completion

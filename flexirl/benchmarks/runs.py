@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import OmegaConf
-from tqdm import tqdm
 
 import flexirl
 from flexirl.benchmarks.bound import upper_bound
@@ -26,6 +25,7 @@ from flexirl.experiments.configuration import load_task
 from flexirl.policies.heuristics.base import tune
 from flexirl.policies.registry import make_policy
 from flexirl.policies.rules import load_rule_spec, rule_names
+from flexirl.progress import progress_bar
 from flexirl.runtime.scheduler.accounts import latencies
 from flexirl.runtime.simulator.simulation import Run
 from flexirl.workloads.trace import IMMEDIATE
@@ -149,7 +149,7 @@ def run_all(jobs: Sequence[Job], cache: Path, processes: int, progress: bool = T
     """
     cache.mkdir(parents=True, exist_ok=True)
     missing = {job.key: job for job in jobs if not _place(cache, job).is_file()}
-    with tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit=" runs", disable=not progress) as bar:
+    with progress_bar(len(jobs), " runs", progress, initial=len(jobs) - len(missing)) as bar:
         for job in _work_off(list(missing.values()), cache, processes):
             bar.set_postfix_str(f"{job.cell.suite}: {job.policy}")
             bar.update()

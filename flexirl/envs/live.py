@@ -17,6 +17,7 @@ from flexirl.policies.interface.view import View
 from flexirl.runtime.live.clock import Clock, VirtualClock, WallClock
 from flexirl.runtime.live.engine import LiveEngine
 from flexirl.runtime.live.executor import Executor
+from flexirl.runtime.live.options import Options
 from flexirl.runtime.live.run import add_trace
 from flexirl.runtime.scheduler.state import State
 from flexirl.workloads.trace import Trace
@@ -43,10 +44,11 @@ class LiveFleet(Fleet):
 
     def _start_engine(self, m: int, trace: Trace, promises: np.ndarray, seed: int) -> None:
         self.close()
-        self._engine = engine = LiveEngine(
-            self._executor, _Agent(), self.task.slo, clock=self._make_clock(), max_requests=self._traces.shape[1],
-            num_tenants=self._states.tenants.shape[1], safepoints=False, seed=seed,
+        options = Options(
+            clock=self._make_clock(), max_requests=self._traces.shape[1], num_tenants=self._states.tenants.shape[1],
+            safepoints=False, seed=seed,
         )  # fmt: skip
+        self._engine = engine = LiveEngine(self._executor, _Agent(), self.task.slo, options)
         self._states = State(*(array[None] for array in engine.state))
         promise = self._views.promise
         self._watch(self._views.visible.shape[1])

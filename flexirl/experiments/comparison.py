@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from flexirl.envs.fleet import Fleet, Task
 from flexirl.envs.rollout import play
@@ -18,6 +17,7 @@ from flexirl.experiments.seeds import COMPARISON_SEED, TUNING_SEED
 from flexirl.policies.heuristics.base import tune
 from flexirl.policies.interface.policy import Policy
 from flexirl.policies.registry import make_policy
+from flexirl.progress import progress_bar
 from flexirl.runtime.live.executor import Executor
 from flexirl.runtime.live.run import run_live
 from flexirl.runtime.profile.pace import at_pace
@@ -89,7 +89,7 @@ def compare(
     traces = episodes(task, seeds, base_seed)
     rows: list[Row] = []
     first_runs: dict[str, Run] = {}
-    with tqdm(total=len(policies) * seeds, unit=" runs", desc="comparing", leave=False, disable=not progress) as bar:
+    with progress_bar(len(policies) * seeds, " runs", progress, desc="comparing", leave=False) as bar:
         for policy in policies:
             bar.set_postfix_str(policy.name)
             ready = tune(policy, TuningEpisodes(tuning_task or task, base_seed), task.slo, base_seed)

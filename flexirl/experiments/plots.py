@@ -15,7 +15,7 @@ from flexirl.runtime.profile.engine import EngineProfile
 from flexirl.runtime.profile.step_time import COEFFICIENTS, design_matrix
 
 if TYPE_CHECKING:
-    from flexirl.runtime.live.engine import Step
+    from flexirl.runtime.live.step import Step
 
 
 def plot_timeline(timeline: np.ndarray, title: str, path: Path) -> None:

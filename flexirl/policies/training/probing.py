@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
-from tqdm import tqdm
 
 from flexirl.envs.fleet import Fleet, Task
 from flexirl.policies.interface.action import DIALS, NUM_DIALS
+from flexirl.progress import progress_bar
 
 ROUNDS, PROBED = 14, 66  # tasks of each round
 REMEMBERED = 4  # rounds whose parabolas the agent is fitted to; those of much earlier agents would hold it back
@@ -82,8 +82,7 @@ def improve(
     order = np.random.default_rng(seed).permutation(len(tasks))
     count = min(PROBED, len(tasks))
     lessons = after.lessons
-    with tqdm(total=ROUNDS * count, initial=after.rounds * count, unit=" tasks", desc="probing",
-              disable=not progress) as bar:  # fmt: skip
+    with progress_bar(ROUNDS * count, " tasks", progress, initial=after.rounds * count, desc="probing") as bar:
         for round_ in range(after.rounds, ROUNDS):
             move = float(np.interp(round_, [0, ROUNDS - 1], MOVES))
             chosen = [tasks[order[(round_ * count + i) % len(tasks)]] for i in range(count)]

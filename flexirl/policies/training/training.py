@@ -11,11 +11,11 @@ import numpy as np
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from tqdm import tqdm
 
 from flexirl.envs.fleet import Fleet
 from flexirl.envs.rollout import play
 from flexirl.policies.interface.action import DIALS
+from flexirl.progress import progress_bar
 
 FIGURES = ("revenue_per_s", "revenue_share", "immediate_attainment", "deferred_tokens_per_s", "preemptions_per_s")
 
@@ -64,10 +64,9 @@ class Training(BaseCallback):
         return max(self.history, key=lambda row: row["revenue_share"])
 
     def _on_training_start(self) -> None:
-        self._progress = tqdm(
-            total=self.total_steps, initial=self.num_timesteps, unit=" steps", disable=not self._shows_progress,
-            smoothing=0.05,
-        )  # fmt: skip
+        self._progress = progress_bar(
+            self.total_steps, " steps", self._shows_progress, initial=self.num_timesteps, smoothing=0.05
+        )
         self._next = self.num_timesteps  # the starting point is validated too
 
     def _on_step(self) -> bool:

@@ -22,10 +22,13 @@ import torch
 from flexirl.errors import UserError
 from flexirl.policies.interface.policy import Policy
 from flexirl.runtime.live.clock import VirtualClock
-from flexirl.runtime.live.engine import LiveEngine, Request, Step
+from flexirl.runtime.live.engine import LiveEngine
 from flexirl.runtime.live.executor import Batch, Executor, Moves
+from flexirl.runtime.live.options import Options
 from flexirl.runtime.live.random_prompts import draw_prompt
+from flexirl.runtime.live.requests import Request
 from flexirl.runtime.live.sampling import Sampling
+from flexirl.runtime.live.step import Step
 from flexirl.runtime.profile.engine import UNITS, EngineProfile, make_profile
 from flexirl.runtime.profile.step_time import BATCH, COEFFICIENTS, design_matrix, fit
 from flexirl.runtime.scheduler.kv_cache import blocks_for
@@ -280,9 +283,8 @@ def _run_engine(
     if not len(rows):
         raise UserError(f"No request of {trace.name} fits into {longest} tokens; choose a workload of shorter ones.")
     steps: list[Step] = []
-    engine = LiveEngine(
-        executor, policy, SLO(1.0, 0.05), clock=VirtualClock(now_s), max_requests=RUN_REQUESTS, on_step=steps.append
-    )
+    options = Options(clock=VirtualClock(now_s), max_requests=RUN_REQUESTS, on_step=steps.append)
+    engine = LiveEngine(executor, policy, SLO(1.0, 0.05), options)
     classes = [rows[rows["request_class"] == kind] for kind in (IMMEDIATE, DEFERRED)]
     classes = [mine for mine in classes if len(mine)]
     for i in range(RUN_REQUESTS):

@@ -20,7 +20,7 @@ from flexirl.policies.interface.decision import FIGURES
 from flexirl.runtime.simulator.simulation import TIMELINE, timeline_row
 
 if TYPE_CHECKING:
-    from flexirl.runtime.live.engine import Step
+    from flexirl.runtime.live.step import Step
 
 _PROCESS = 1
 _ITERATIONS, _HOST, _DECISIONS = 1, 2, 3  # tracks
@@ -30,8 +30,8 @@ _TRACKS = {_ITERATIONS: "iterations", _HOST: "host", _DECISIONS: "decisions"}
 class Recording:
     """Writes `trace.json` and `timeline.csv` into a folder as iterations come; a context manager.
 
-    Give `Recording(folder)` to `LiveEngine(on_step=...)`. Both files are written line by line: what has happened so far
-    is there if the process dies (Perfetto reads an unclosed trace).
+    Give `Recording(folder)` to a live engine as `Options(on_step=...)`. Both files are written line by line: what has
+    happened so far is there if the process dies (Perfetto reads an unclosed trace).
     """
 
     def __init__(self, folder: Path) -> None:

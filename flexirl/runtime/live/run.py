@@ -9,11 +9,13 @@ import numpy as np
 from flexirl.errors import UserError
 from flexirl.policies.interface.policy import Policy
 from flexirl.runtime.live.clock import VirtualClock
-from flexirl.runtime.live.engine import LiveEngine, Step
+from flexirl.runtime.live.engine import LiveEngine
 from flexirl.runtime.live.executor import Executor
+from flexirl.runtime.live.options import Options
 from flexirl.runtime.live.random_prompts import draw_prompt
 from flexirl.runtime.live.requests import Request
 from flexirl.runtime.live.sampling import Sampling
+from flexirl.runtime.live.step import Step
 from flexirl.runtime.scheduler.accounts import Prices, Snapshot, account
 from flexirl.runtime.simulator.simulation import TIMELINE, TIMELINE_STEP_S, Run, timeline_row
 from flexirl.workloads.slo import SLO
@@ -50,10 +52,11 @@ def run_live(
         if not timeline or now_s >= timeline[-1][0] + TIMELINE_STEP_S * 0.999:
             timeline.append(timeline_row(step.state))
 
-    live = LiveEngine(
-        executor, policy, slo, clock=VirtualClock(), interval_s=interval_s, max_requests=max(len(trace), 1),
+    options = Options(
+        clock=VirtualClock(), interval_s=interval_s, max_requests=max(len(trace), 1),
         num_tenants=max(trace.num_tenants, 1), safepoints=False, seed=seed, on_step=watch,
     )  # fmt: skip
+    live = LiveEngine(executor, policy, slo, options)
     add_trace(live, executor, trace, duration_s, seed)
     if warmup_s <= 0:
         before.append(Snapshot.of(live.state))

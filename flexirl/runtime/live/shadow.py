@@ -9,7 +9,7 @@ from types import TracebackType
 
 import numpy as np
 
-from flexirl.policies.interface.decision import FIGURES
+from flexirl.policies.interface.decision import FIGURES, unsound
 from flexirl.policies.interface.policy import Policy
 from flexirl.policies.interface.view import View
 
@@ -53,14 +53,17 @@ class Shadow:
             return
         try:
             other = self.policy.decide(view)
+            trouble = unsound(other)
+            if trouble is not None:
+                raise ValueError(trouble)
+            differing = [name for name in FIGURES if decision[name] != other[name]]
+            for name in differing:
+                self._rows.writerow((view.now_s, name, decision[name].item(), other[name].item()))
         except Exception as error:  # the engine must not suffer for it
             self._fail(error)
             return
         self.asked += 1
-        differing = [name for name in FIGURES if decision[name] != other[name]]
         self.differences += bool(differing)
-        for name in differing:
-            self._rows.writerow((view.now_s, name, decision[name].item(), other[name].item()))
 
     def _fail(self, error: Exception) -> None:
         self._failed = True

@@ -10,6 +10,12 @@ _UNFINISHED = 3  # bytes of an unfinished UTF-8 character, at most, each of whic
 _WINDOW, _KEPT = 32, 12  # tokens decoded together at most, and kept when the window moves on all the same
 
 
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """The tokens that decoded text leaves out, by what they are written as; tokenizer: None has none."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {token.content: number for number, token in added.items() if token.special}
+
+
 class Detokenizer:
     """The text of one output as its tokens come; `push` and `flush` give what is new and will not change any more.
 

@@ -57,15 +57,14 @@ def test_a_raising_listener_and_on_step_harm_nobody() -> None:
     assert run.engine.metrics()["callback_failures"] >= 6 + 1 + 1
 
 
-def test_a_raising_on_end_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = LiveRun(ToyExecutor(ENGINE), Constant())
+def test_a_raising_on_end_harms_nobody() -> None:
     ended: list[str] = []
 
     def on_end(completion: Completion) -> None:
         ended.append(completion.id)
         raise RuntimeError("not the engine's fault")
 
-    monkeypatch.setattr(run.engine, "_on_end", on_end)
+    run = LiveRun(ToyExecutor(ENGINE), Constant(), on_end=on_end)
     for name in "abc":
         run.engine.add_request(request(name))
     run.drain()

@@ -24,11 +24,11 @@ from flexirl.policies.interface.decision import LAST, ONE_QUEUE, RECOMPUTE, SWAP
 from flexirl.policies.interface.view import View
 from flexirl.policies.training.export import FORMAT
 from flexirl.runtime.live.clock import VirtualClock, WallClock
-from flexirl.runtime.live.engine import Step
 from flexirl.runtime.live.executor import Moves
 from flexirl.runtime.live.requests import Completion, Request, Update
 from flexirl.runtime.live.sampling import Sampling
 from flexirl.runtime.live.shadow import Shadow
+from flexirl.runtime.live.step import Step
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 ENGINE: dict[str, float] = {
@@ -112,7 +112,7 @@ def everything_is_given_back(run: LiveRun) -> None:
     assert scheduler["free_blocks"] == profile["kv_blocks"] == table.counts[1]
     assert scheduler["host_free_blocks"] == profile["host_kv_blocks"] == run.executor.free_host_blocks
     assert scheduler["promises_length"] == scheduler["promises_next"] and scheduler["cached_blocks"] == 0
-    assert not run.engine._place_of and len(run.engine._places) == len(run.engine.state.requests)
+    assert not run.engine._places.place_of and len(run.engine._places.free) == len(run.engine.state.requests)
 
 
 def live_run(policy: Any = None, **options: Any) -> LiveRun:
@@ -188,10 +188,10 @@ def test_what_a_plan_swaps_in_it_does_not_evict(mode: int) -> None:
     urgent = Request("urgent", list(range(16)), 4, IMMEDIATE, sampling, ttft_s=1e9, tpot_s=1e9)
     run.engine.add_request(waits)
     run.step(3)
-    run.engine.policy = Constant(**rule, preempt_count=1)
+    run.obey(Constant(**rule, preempt_count=1))
     run.step()
     run.engine.add_request(urgent)
-    run.engine.policy = Constant(**{**rule, "preemption": mode})
+    run.obey(Constant(**{**rule, "preemption": mode}))
     preemptions = 0
     while run.engine.unfinished:
         run.step()
@@ -227,11 +227,14 @@ def test_out_of_memory_makes_iterations_smaller(caplog: pytest.LogCaptureFixture
 def test_what_never_fits_ends_with_an_error_and_the_others_go_on() -> None:
     run = live_run()
     run.executor.most_tokens = 0
+    forget = run.executor.forget
 
-    def free_memory(update: Update) -> None:
+    def free_memory(r: int) -> None:
+        forget(r)
         run.executor.most_tokens = None
 
-    run.engine.add_request(plain("a", [1, 2, 3], 4, listener=free_memory))
+    run.executor.forget = free_memory
+    run.engine.add_request(plain("a", [1, 2, 3], 4))
     run.engine.add_request(plain("b", [1, 2, 3], 4))
     run.drain()
     assert run.completions["a"].finish_reason == "error" and "out of memory" in str(run.completions["a"].error)
@@ -383,7 +386,7 @@ def test_the_accounts_are_right_though_lengths_are_unknown() -> None:
     while run.engine.unfinished:
         run.step(5)
         if rng.random() < 0.1:
-            run.engine.cancel(str(rng.choice(list(run.engine._place_of) or ["none"])))
+            run.engine.cancel(str(rng.choice(list(run.engine._places.place_of) or ["none"])))
 
     state = run.engine.state
     records = {name: state.requests[i] for i, name in enumerate(sorted(requests, key=lambda name: int(name[1:])))}

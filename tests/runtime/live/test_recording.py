@@ -12,8 +12,11 @@ from toys import toy_engine
 
 from flexirl.errors import UserError
 from flexirl.policies.registry import make_policy
-from flexirl.runtime.live.engine import Completion, LiveEngine, Request, Step
+from flexirl.runtime.live.engine import LiveEngine
+from flexirl.runtime.live.options import Options
 from flexirl.runtime.live.recording import Recording, read_timeline
+from flexirl.runtime.live.requests import Completion, Request
+from flexirl.runtime.live.step import Step
 from flexirl.workloads.slo import SLO
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
@@ -28,9 +31,8 @@ def test_a_recorded_run_tells_what_happened(tmp_path: Path) -> None:
             recording(step)
 
         executor = ToyExecutor(toy_engine())
-        engine = LiveEngine(
-            executor, make_policy("qoserve"), SLO(10.0, 1.0), clock=TickClock(), on_step=record, on_end=ended.append
-        )
+        options = Options(clock=TickClock(), on_step=record, on_end=ended.append)
+        engine = LiveEngine(executor, make_policy("qoserve"), SLO(10.0, 1.0), options)
         for i in range(6):
             engine.add_request(Request(f"r{i}", [i, 1, 2, 3], 5, DEFERRED if i % 2 else IMMEDIATE))
         engine.drain()

@@ -17,6 +17,7 @@ from flexirl.runtime.kernels import AttentionBatch, plan_attention
 from flexirl.runtime.kernels.work_list import pad_decodes, plan_work
 from flexirl.runtime.live.engine import LiveEngine
 from flexirl.runtime.live.executor import Batch, Interrupted
+from flexirl.runtime.live.options import Options
 from flexirl.runtime.live.requests import Request
 from flexirl.runtime.live.sampling import SAMPLING, Sampling
 from flexirl.runtime.models import executor as executor_file
@@ -112,9 +113,8 @@ def test_captured_graphs_change_no_token(name: str) -> None:
     executor = ModelExecutor(loaded, fit_profile(loaded, load_profile("cpu-tiny"), 400, 100))
     assert executor._graphs is not None
     ended: dict[str, list[int]] = {}
-    engine = LiveEngine(
-        executor, RandomPolicy(2, 64), SLO(1.0, 0.05), on_end=lambda done: ended.update({done.id: done.token_ids})
-    )
+    options = Options(on_end=lambda done: ended.update({done.id: done.token_ids}))
+    engine = LiveEngine(executor, RandomPolicy(2, 64), SLO(1.0, 0.05), options)
     rng = np.random.default_rng(4)
     requests = [Request(f"r{i}", rng.integers(0, 256, rng.integers(1, 50)).tolist(), 30, i % 2,
                         Sampling(ignore_eos=True)) for i in range(20)]  # fmt: skip

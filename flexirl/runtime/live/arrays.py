@@ -1,0 +1,72 @@
+"""The arrays of a live engine, shared by all its parts and by compiled code, and their beginning."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from flexirl.runtime.live.block_table import BlockTable, new_block_table
+from flexirl.runtime.live.executor import Executor
+from flexirl.runtime.live.iteration import (
+    FlatBatch,
+    LiveState,
+    RequestArrays,
+    finish,
+    new_flat_batch,
+    new_request_arrays,
+    prepare,
+)
+from flexirl.runtime.live.options import Options
+from flexirl.runtime.live.request_table import enter, leave
+from flexirl.runtime.scheduler.commit import abandon
+from flexirl.runtime.scheduler.intake import cancel
+from flexirl.runtime.scheduler.kv_cache import blocks_for
+from flexirl.runtime.scheduler.plan import apply
+from flexirl.runtime.scheduler.state import FUTURE, State, new_states
+from flexirl.runtime.simulator import surrogate
+from flexirl.workloads.trace import empty_rows
+
+
+class Arrays(NamedTuple):
+    """What an engine works on."""
+
+    state: State
+    table: BlockTable
+    requests: RequestArrays
+    flat: FlatBatch
+    live: LiveState  # the four above as one argument
+    is_end: np.ndarray  # bool (vocabulary,): end-of-sequence tokens
+
+
+def new_arrays(executor: Executor, options: Options) -> Arrays:
+    """Arrays of an engine without requests; all that its first iterations call is compiled by then."""
+    profile = executor.profile
+    state = State(*(array[0] for array in new_states(1, profile, options.max_requests, options.num_tenants)))
+    max_model_len = int(profile.values["max_model_len"])
+    longest = blocks_for(max_model_len, int(profile.values["block_size"]))
+    table = new_block_table(options.max_requests, int(profile.values["kv_blocks"]), longest)
+    requests = new_request_arrays(options.max_requests, max_model_len)
+    flat = new_flat_batch(profile, longest)
+    is_end = np.zeros(executor.vocab_size, np.bool_)
+    is_end[list(executor.end_tokens)] = True
+    arrays = Arrays(state, table, requests, flat, LiveState(state, table, requests, flat), is_end)
+    _start(arrays, options.seed)
+    return arrays
+
+
+def _start(arrays: Arrays, seed: int) -> None:
+    state = arrays.state
+    no_tokens, no_promises = np.zeros(0, np.int64), np.zeros(0, np.int32)
+    surrogate.start(state, empty_rows(0), no_promises, seed)
+    enter(state, 0, empty_rows(1))
+    cancel(state, 0)
+    leave(state, 0)
+    apply(state)
+    prepare(arrays.live, 0)
+    finish(arrays.live, no_tokens, arrays.is_end, 0.0)
+    abandon(state, 0.0)
+    state.requests["status"] = FUTURE
+    surrogate.start(state, empty_rows(0), no_promises, seed)
+    # No bound on a real iteration is certain, so a promise is broken when its time has passed and not before.
+    state.scheduler["fastest_step_s"] = 0.0

@@ -18,7 +18,8 @@ EPISODE = ("workload.duration_s=20", "workload.warmup_s=2")
 SMALL = (*EPISODE, "env.members=8", "env.group_size=4", "env.traces=4", "total_steps=4096", "validation.members=2",
          "agent.hyperparameters.batch_size=512", "compare.seeds=1", "progress=false")  # fmt: skip
 LEADERBOARD = {
-    "policy", "workload", "engine", "load", "seed", "revenue_per_s", "immediate_attainment",
+    "policy", "workload", "engine", "load", "seed", "unservable", "unservable_work", "cut_short",
+    "revenue_per_s", "immediate_attainment",
     "immediate_goodput_tokens_per_s", "prompt_tokens_per_s", "output_tokens_per_s",
     "deferred_tokens_per_s", "deferred_on_time",
     *(f"{name}_{figure}_s" for name in ("ttft", "tpot") for figure in ("mean", "p50", "p90", "p95", "p99")),

@@ -128,7 +128,10 @@ def _mean_service_s(lengths: LengthModel, service_time_s: ServiceTime) -> float:
 
 def _positive(seconds: float) -> float:
     if not (math.isfinite(seconds) and seconds > 0):
-        raise UserError(f"requests cost {seconds:g} s of the engine; load needs a positive service time.")
+        raise UserError(
+            f"requests cost {seconds:g} s of the engine, since none of them fits it; give it a longer "
+            "engine.max_model_len and a larger engine.kv_blocks, or shorten the requests."
+        )
     return seconds
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
+from flexirl.runtime.profile.fits import longest_sequence
 from flexirl.runtime.profile.step_time import decodes_cost, step_time_with_decodes
 from flexirl.runtime.scheduler.admission import admit_waiting
 from flexirl.runtime.scheduler.books import (
@@ -90,9 +91,8 @@ def submit(state: State, r: int) -> None:
     request.finish_s = np.inf
     group.arrived += 1
     group.arrived_prompt += request.prompt_tokens
-    longest = request.prompt_tokens + request.max_tokens
     join_tenant(state, request.tenant)
-    if longest > engine.max_model_len or blocks_for(longest, engine.block_size) > total_blocks(state):
+    if request.prompt_tokens + request.max_tokens > longest_sequence(engine):
         request.status = REJECTED
         book_end(state, r, scheduler.now_s)
     else:

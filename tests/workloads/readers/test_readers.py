@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from flexirl.errors import UserError
-from flexirl.workloads.readers import read_lengths, read_trace
+from flexirl.workloads.readers import FORMATS, read_lengths, read_trace
+from flexirl.workloads.readers.formats import sample_of
 from flexirl.workloads.trace import check
 
 
@@ -212,3 +213,39 @@ def test_missing_truncated_and_unknown(tmp_path):
     (tmp_path / "b.csv").write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(UserError, match="not a text file"):
         read_trace(tmp_path / "b.csv")
+
+
+def test_one_row_without_a_time_is_named(tmp_path):
+    vidur = write(tmp_path / "v.csv", "arrived_at,num_prefill_tokens,num_decode_tokens\n0,5,5\nnan,5,5\n2,5,5\n")
+    with pytest.raises(UserError, match="request 2 has no arrival time; 1 of 3 have none"):
+        read_trace(vidur)
+    line = '{"timestamp": %s, "input_length": 5, "output_length": 5, "hash_ids": [1]}\n'
+    with pytest.raises(UserError, match="request 1 has no arrival time; 1 of 2"):
+        read_trace(write(tmp_path / "t.jsonl", line % "NaN" + line % "3"))
+
+
+def test_dots_in_a_name_do_not_make_another_format(tmp_path):
+    path = write(tmp_path / "run.json.export.csv", HEADER + "0,1,1\n")
+    assert len(read_trace(path)) == 1
+
+
+def test_clients_without_lengths_are_said_with_their_share(tmp_path, caplog):
+    for client, rate in ((0, 1.0), (1, 3.0)):
+        write(tmp_path / f"chunk-{client}-trace.csv", f"0,{rate},1.0,Gamma,1.0,1.0\n600,0,0,,0,0\n")
+    dataset = {"0": {"input_tokens": "{10: 1.0}", "output_tokens": "{3: 1.0}"}}
+    write(tmp_path / "chunk-0-dataset.json", json.dumps(dataset))
+    with caplog.at_level(logging.WARNING):
+        assert len(read_trace(tmp_path)) == pytest.approx(600, rel=0.2)
+    assert "1 of 2 clients have no lengths" in caplog.text and "75.0% of all requests" in caplog.text
+
+
+def test_every_format_is_recognised_by_itself_alone(traces):
+    folder = traces / "original_formats"
+    places = {
+        "azure": folder / "azure23/AzureLLMInferenceTrace_conv.csv", "vidur": folder / "vidur/splitwise_conv.csv",
+        "mooncake": folder / "mooncake/synthetic_trace.jsonl", "agentic": folder / "agentic_cc/traces",
+        "servegen": folder / "servegen/data/language/m-large", "normalised": traces / "azure23_conv.csv.gz",
+    }  # fmt: skip
+    for name, path in places.items():
+        recognising = [format.name for format in FORMATS.values() if format.recognises(sample_of(path))]
+        assert recognising[0] == name

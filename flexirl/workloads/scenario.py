@@ -211,6 +211,11 @@ class Recorded:
         arrival_s = self.trace.rows["arrival_s"]
         self._since_first_s = arrival_s - arrival_s[0]
         last = float(self._since_first_s[-1])
+        if load is None and last == 0:
+            raise UserError(
+                f"{self.trace.name} has all of its {len(arrival_s)} requests at one time, which is no rate; give "
+                "workload.load, the share of the engine's capacity at which they are to arrive."
+            )
         self._span_s = last * len(arrival_s) / (len(arrival_s) - 1) if last > 0 else 1.0
         self._demand = _PerServiceTime()
 
@@ -421,8 +426,14 @@ class Scenario:
         )  # fmt: skip
 
     def length_s(self, service_time_s: ServiceTime) -> float:
-        """Length of one draw in seconds, for this engine."""
-        return self.immediate.length_s(self.duration_s, service_time_s)
+        """Length of one draw in seconds, for this engine; raises UserError where the warm-up leaves nothing of it."""
+        length_s = self.immediate.length_s(self.duration_s, service_time_s)
+        if self.warmup_s >= length_s:
+            raise UserError(
+                f"{self.name} lasts {length_s:.6g} s, no longer than workload.warmup_s={self.warmup_s:g}, so nothing "
+                "would be measured; set workload.warmup_s=0."
+            )
+        return length_s
 
     def draw(self, seed: int, service_time_s: ServiceTime, slo: SLO) -> Trace:
         """The requests of one episode: the same for the same seed and engine, on any machine.

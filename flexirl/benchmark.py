@@ -5,7 +5,6 @@ Runs in parallel, goes on where it was interrupted, and writes report.html, resu
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from flexirl.benchmarks.report import write_report
 from flexirl.benchmarks.results import collect
 from flexirl.benchmarks.runs import UPPER_BOUND, Job, run_all
 from flexirl.benchmarks.suites import expand
+from flexirl.cores import available_cores
 from flexirl.errors import UserError
 from flexirl.experiments.comparison import ANCHORS
 from flexirl.experiments.configuration import count_of, names_of, seed_of
@@ -28,7 +28,7 @@ def run(config: DictConfig) -> None:
     names = list(dict.fromkeys([*names_of(config.policies, "policies"), *ANCHORS]))
     check_names(names)
     seed = seed_of(config.seed)
-    processes = count_of(os.cpu_count() if config.processes is None else config.processes, "processes")
+    processes = count_of(available_cores() if config.processes is None else config.processes, "processes")
     cells, skipped = expand(config.suite, config.seeds)
     if not cells:
         raise UserError(f"suite={config.suite.name} has no scenarios; {' '.join(skipped) or 'give it grids.'}")

@@ -6,7 +6,6 @@ what the arrivals did to all of them can be told from what a member's own decisi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 import numba as nb
 import numpy as np
 
+from flexirl.cores import available_cores
 from flexirl.envs.reward import REWARD, Reward
 from flexirl.errors import UserError
 from flexirl.policies.interface import action as actions
@@ -135,7 +135,7 @@ class Fleet:
         first = self._trace(0)[0]
         self._rewards: dict[int, np.ndarray] = {}
         self._allocate(int(1.1 * len(first)) + 64, first.num_tenants)
-        threads = min(threads or os.cpu_count() or 1, members)
+        threads = min(threads or available_cores(), members)
         bounds_ = np.linspace(0, members, threads + 1).astype(int)
         self._shares = list(zip(bounds_[:-1].tolist(), bounds_[1:].tolist(), strict=True))
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None

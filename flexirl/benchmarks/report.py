@@ -27,7 +27,7 @@ SENSITIVE = ("ttft_mean_s", "ttft_p99_s", "tpot_mean_s", "tpot_p99_s", "prompt_t
 MATTERS_LESS = 0.5  # of the greatest spread over distributions
 CAPTIONS = {
     "leaderboard": "Mean score of every policy. Episodes are drawn anew within scenarios, scenarios within suites.",
-    "wins": "Wins and losses over episodes, in percent.",
+    "wins": "Episodes in which the row's policy earns more than the column's, in percent; level ones count half.",
     "suites": "Mean score by suite.",
     "frontier": "Immediate attainment against deferred throughput, means over all scenarios with deferred work.",
     "heatmap": "How the pair of distributions sets the tail of TTFT.",

@@ -113,7 +113,7 @@ def row_of(policy: Policy, task: Task, trace: Trace, seed: int, run: Run) -> Row
     return {
         "policy": policy.name, "workload": task.scenario.name, "engine": task.engine.name,
         "load": load_of(task, trace), "seed": seed,
-        **shares_lost(task.engine, trace.of_class(IMMEDIATE)), **run.figures,
+        **shares_lost(task.engine, trace.as_asked().of_class(IMMEDIATE)), **run.figures,
     }  # fmt: skip
 
 

@@ -35,12 +35,14 @@ TRACE_ROW = np.dtype(
 class Trace:
     """Requests sorted by arrival.
 
-    rows: array of `TRACE_ROW`; name: where they come from; num_tenants: tenants are 0..num_tenants-1.
+    rows: array of `TRACE_ROW`; name: where they come from; num_tenants: tenants are 0..num_tenants-1; asked: the rows
+    before `within` cut them, None where it did not.
     """
 
     rows: np.ndarray
     name: str
     num_tenants: int
+    asked: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -58,7 +60,11 @@ class Trace:
         room = np.maximum(longest - rows["prompt_tokens"], 1)
         for column in ("max_tokens", "output_tokens", "predicted_output_tokens"):
             rows[column] = np.minimum(rows[column], room)
-        return Trace(rows, self.name, self.num_tenants)
+        return Trace(rows, self.name, self.num_tenants, self.rows)
+
+    def as_asked(self) -> Trace:
+        """The requests before `within` cut them."""
+        return self if self.asked is None else Trace(self.asked, self.name, self.num_tenants)
 
     @property
     def duration_s(self) -> float:

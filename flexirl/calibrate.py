@@ -21,6 +21,7 @@ from flexirl.progress import progress_bar
 from flexirl.runtime.fitting.calibration import calibrate
 from flexirl.runtime.profile.capacity import ServiceTime
 from flexirl.runtime.profile.engine import save_profile
+from flexirl.runtime.profile.fits import longest_sequence
 from flexirl.runtime.profile.step_time import BATCH
 from flexirl.workloads.config import from_config
 from flexirl.workloads.slo import SLO
@@ -36,7 +37,7 @@ def run(config: DictConfig) -> None:
     model, executor = load_executor(config)
     slo = SLO(np.inf, np.inf)  # nobody is promised anything here
     trace = from_config(config.workload).draw(seed, ServiceTime(executor.profile), slo)
-    trace = trace.within(int(executor.profile.values["max_model_len"]))
+    trace = trace.within(longest_sequence(executor.profile.values))
     about = {
         "machine": machine(model.device, torch.get_num_threads()), "model": model.name, "dtype": str(model.dtype),
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},

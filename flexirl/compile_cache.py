@@ -11,6 +11,7 @@ import ast
 import hashlib
 import json
 import os
+from collections.abc import Collection, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +25,16 @@ _DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 class Source(NamedTuple):
-    """A file: when it was read (ns) and its size (bytes), a hash of its code, the package's modules it imports."""
+    """A file: when it was read (ns) and its size (bytes), a hash of its code, the package's modules it imports.
+
+    later: those that it imports elsewhere than at its top, when a function is called or a condition holds.
+    """
 
     time_ns: int
     size: int
     digest: str
     imports: list[str]
+    later: list[str]
 
 
 def folder() -> Path:
@@ -43,17 +48,24 @@ def read_source(path: Path, package: Path = PACKAGE) -> Source:
     """Reads and parses a file of the package."""
     stat = path.stat()
     tree = ast.parse(path.read_bytes())
-    imports: list[str] = []
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == package.name:
-            imports += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Import):
-            imports += [alias.name for alias in node.names if alias.name.split(".")[0] == package.name]
+    imports = _imports(tree.body, package)
+    later = sorted(set(_imports(ast.walk(tree), package)) - set(imports))
     for part in ast.walk(tree):
         if isinstance(part, _DEFINITIONS) and ast.get_docstring(part, clean=False) is not None:
             del part.body[0]
     digest = hashlib.sha256(ast.dump(tree).encode()).hexdigest()
-    return Source(stat.st_mtime_ns, stat.st_size, digest, imports)
+    return Source(stat.st_mtime_ns, stat.st_size, digest, imports, later)
+
+
+def _imports(nodes: Iterable[ast.AST], package: Path) -> list[str]:
+    """What these statements import of the package; names that are no modules among them."""
+    found: list[str] = []
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == package.name:
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.split(".")[0] == package.name]
+    return found
 
 
 class Sources:
@@ -71,23 +83,34 @@ class Sources:
         except (OSError, ValueError, TypeError, AttributeError):
             pass  # none yet, or half a file: it is written anew
 
-    def stamp(self, module: str) -> str:
-        """A hash of the code of a module (dotted, with the package's name) and of all it imports of the package."""
-        seen: set[str] = set()
-        open_ = [module]
-        while open_:
-            name = open_.pop()
-            if name not in seen and (source := self._read(name)) is not None:
-                seen.add(name)
-                open_ += source.imports
-        parts = [f"{name} {self._fresh[name].digest}" for name in sorted(seen)]
+    def stamp(self, *names: str, later: bool = False, without: Collection[str] = ()) -> str:
+        """A hash of the code of modules (dotted, with the package's name) and of all they import of the package.
+
+        later: also what they import when they run; compiled code takes in only what is there at its definition.
+        without: modules that are left out, with what they alone import.
+        """
+        parts = [
+            f"{name} {self._fresh[name].digest}" for name in sorted(self.modules(*names, later=later, without=without))
+        ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
+    def modules(self, *names: str, later: bool = False, without: Collection[str] = ()) -> set[str]:
+        """The modules that `stamp` goes by."""
+        seen: set[str] = set()
+        open_ = list(names)
+        while open_:
+            name = open_.pop()
+            if name not in seen and name not in without and (source := self._read(name)) is not None:
+                seen.add(name)
+                open_ += source.imports + (source.later if later else [])
+        return seen
+
     def _read(self, module: str) -> Source | None:
-        """The file of a module; None for names that are no module, and for packages, whose code nothing takes in."""
+        """The file of a module or package; None for names that are neither."""
         if module in self._fresh:
             return self._fresh[module]
-        path = self._package.parent / (module.replace(".", "/") + ".py")
+        place = self._package.parent / module.replace(".", "/")
+        path = place / "__init__.py" if place.is_dir() else place.with_name(f"{place.name}.py")
         if not path.is_file():
             return None
         stat, known = path.stat(), self._known.get(module)
@@ -114,7 +137,8 @@ _cleared: set[str] = set()  # modules of which nothing stale is left
 
 
 @cache
-def _sources() -> Sources:
+def sources() -> Sources:
+    """Those of this installation."""
     return Sources(folder() / "sources.json")
 
 
@@ -132,7 +156,7 @@ class Locator(_CacheLocator):
 
     def get_source_stamp(self) -> str:
         """See `Sources.stamp`."""
-        return _sources().stamp(self._module)
+        return sources().stamp(self._module)
 
     def get_disambiguator(self) -> str:
         """Functions of one name in files of one name lie in different modules; their lines may change.
@@ -157,7 +181,7 @@ class Locator(_CacheLocator):
         try:
             locator.ensure_cache_path()
             locator.get_source_stamp()  # now it is known whether anything changed
-            if _sources().changed and locator._module not in _cleared:
+            if sources().changed and locator._module not in _cleared:
                 _cleared.add(locator._module)
                 locator.drop_stale()
         except OSError:

@@ -15,9 +15,8 @@ from omegaconf import DictConfig
 
 from flexirl.experiments.configuration import load_engine, load_slo, seed_of
 from flexirl.experiments.program import output_folder, run_program
-from flexirl.runtime.profile.capacity import ServiceTime
+from flexirl.runtime.profile.capacity import ServiceTime, in_words, shares_lost
 from flexirl.workloads.config import from_config
-from flexirl.workloads.scenario import ServiceTime as ServiceTimeFunction
 from flexirl.workloads.statistics import gap_cv, index_of_dispersion, peak_to_mean
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE, Trace
 
@@ -26,7 +25,7 @@ LENGTHS = ("prompt_tokens", "output_tokens", "image_tokens")
 PERCENTILES = (5, 50, 95, 99)
 
 
-def describe(trace: Trace, duration_s: float, service_time_s: ServiceTimeFunction) -> dict[str, Any]:
+def describe(trace: Trace, duration_s: float, service_time_s: ServiceTime) -> dict[str, Any]:
     """Statistics of a trace, per request class; times in seconds, lengths in tokens, None where undefined."""
     classes: dict[str, Any] = {}
     for name, request_class in CLASSES.items():
@@ -41,6 +40,7 @@ def describe(trace: Trace, duration_s: float, service_time_s: ServiceTimeFunctio
             **{f"dispersion_{w}s": index_of_dispersion(times, duration_s, w) for w in (1, 10, 60)},
             "gap_cv": gap_cv(times),
             "demand": float(service_time_s(rows).sum()) / duration_s,
+            **shares_lost(service_time_s.engine, rows),
         }
         for column in LENGTHS:
             if column != "image_tokens" or rows[column].any():
@@ -82,6 +82,8 @@ def table(summary: dict[str, Any]) -> str:
             if any(cell is not None for cell in cells):
                 label = f"{column.replace('_', ' ')}, {statistic}"
                 lines.append(f"{label:28}" + "".join(f"{_number(cell):>14}" for cell in cells))
+    for name, figures in classes.items():
+        lines += in_words(figures, f"the {name} requests")
     return "\n".join(lines)
 
 

@@ -58,8 +58,22 @@ def test_a_file_that_did_not_change_is_not_read_again(tmp_path: Path) -> None:
     toy = package(tmp_path)
     assert stamps(toy) == stamps(toy)
     source = read_source(toy / "c.py", toy)
-    (toy.parent / "sources.json").write_text(json.dumps({"toy.c": [*source[:2], "kept", []]}))
+    (toy.parent / "sources.json").write_text(json.dumps({"toy.c": [*source[:2], "kept", [], []]}))
     assert Sources(toy.parent / "sources.json", toy)._read("toy.c").digest == "kept"  # type: ignore[union-attr]
+
+
+def test_what_is_imported_later_and_packages_count_where_asked(tmp_path: Path) -> None:
+    toy = package(tmp_path)
+    (toy / "deep").mkdir()
+    (toy / "deep" / "__init__.py").write_text("from toy.deep import e\n")
+    (toy / "deep" / "e.py").write_text("import toy.c\n")
+    (toy / "d.py").write_text("import toy.a\n\n\ndef alone():\n    from toy.deep import e\n\n    return e\n")
+    sources = Sources(tmp_path / "sources.json", toy)
+    now = {"toy.d", "toy.a", "toy.b", "toy", "toy.c"}
+    assert sources.modules("toy.d") == now
+    assert sources.modules("toy.d", later=True) == now | {"toy.deep", "toy.deep.e"}
+    assert sources.modules("toy.d", later=True, without=("toy.b", "toy.deep.e")) == {"toy.d", "toy.a", "toy.deep"}
+    assert sources.stamp("toy.d") != sources.stamp("toy.d", later=True)
 
 
 def test_half_a_memory_is_none(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ SMALL = (*EPISODE, "env.members=8", "env.group_size=4", "env.traces=4", "total_s
          "agent.hyperparameters.batch_size=512", "seeds=1", "progress=false")  # fmt: skip
 BAR = "%|"  # what a progress bar cannot do without
 LEADERBOARD = {
-    "policy", "workload", "engine", "load", "seed", "revenue_per_s", "immediate_attainment",
+    "policy", "workload", "engine", "load", "seed", "unservable", "unservable_work", "cut_short",
+    "revenue_per_s", "immediate_attainment",
     "immediate_goodput_tokens_per_s", "prompt_tokens_per_s", "output_tokens_per_s",
     "deferred_tokens_per_s", "deferred_on_time",
     *(f"{name}_{figure}_s" for name in ("ttft", "tpot") for figure in ("mean", "p50", "p90", "p95", "p99")),
@@ -111,6 +112,20 @@ def test_sweeps_give_every_job_a_folder(tmp_path: Path) -> None:
     assert first != second
     for job in "01":
         assert len(leaderboard(tmp_path / job)) == 3
+
+
+def test_a_bad_job_does_not_end_a_sweep(tmp_path: Path) -> None:
+    (tmp_path / "good=1.csv").write_text("arrival_s,prompt_tokens,output_tokens\n" + "0,50,5\n9,50,5\n" * 3)
+    swept = run(
+        tmp_path, "workload", "--multirun", "hydra.sweep.dir=.", "hydra.sweep.subdir=${hydra.job.num}",
+        "workload=trace", "workload.path=nowhere.csv,good=1.csv,gone.csv", "workload.duration_s=null",
+        "workload.warmup_s=0", "workload.load=0.1",
+    )  # fmt: skip
+    said = swept.stderr.strip().splitlines()
+    assert swept.returncode == 2 and "Traceback" not in swept.stderr
+    assert [line.split(" (")[0] for line in said] == ["error: job 0", "error: job 2"]
+    assert "failed: nowhere.csv does not exist" in said[0] and "workload.path=gone.csv" in said[1]
+    assert (tmp_path / "1" / "workload.json").is_file() and not (tmp_path / "2" / "workload.json").is_file()
 
 
 def test_policies_are_evaluated_on_the_same_arrivals(trained: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from flexirl.errors import UserError
 from flexirl.policies.registry import make_policy
-from flexirl.runtime.fitting.operators import fit_profile
+from flexirl.runtime.fitting.operators import fit_profile, read_lengths
 from flexirl.runtime.fitting.replay import Record, Served, replay
 from flexirl.validate import compare
 
@@ -190,3 +191,51 @@ def test_a_request_that_cannot_fit_is_named(tmp_path: Path, folder: Path) -> Non
     ran = run(tmp_path, f"run={folder}")
     assert ran.returncode == 2
     assert "190 + 20 tokens does not fit the engine" in ran.stderr and "Traceback" not in ran.stderr
+
+
+ABORTED: list[dict[str, Any]] = [
+    {"first_token_ts": None, "last_token_ts": None, "output_toks": 0},
+    {"last_token_ts": None},
+    {"first_token_ts": 0.0, "last_token_ts": 0.0, "output_toks": 0},
+]
+
+
+@pytest.mark.parametrize("change", ABORTED)
+def test_an_aborted_request_is_left_out_and_its_line_named(
+    folder: Path, change: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
+    whole = Record.read(folder)
+    write_requests(folder, [*rows[:30], {**rows[30], **change}, *rows[30:]])
+    with caplog.at_level(logging.WARNING):
+        record = Record.read(folder)
+    assert (record.trace.rows == whole.trace.rows).all()
+    assert (record.served.last_token_s == whole.served.last_token_s).all()
+    assert "1 requests (1.6%) were aborted (line 31) and are left out" in caplog.text
+    assert fit_profile(folder, count=50).values == fit_profile(folder, count=50).values
+
+
+def test_too_many_aborted_requests_are_refused(folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
+    write_requests(folder, [*rows, *({**row, **ABORTED[0]} for row in rows[:12])])
+    with pytest.raises(
+        UserError, match=r"12 requests \(16.7%\) were aborted \(line 61, .*, 70, \.\.\.\); .* at most 5%"
+    ):
+        Record.read(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"input_toks": "many"}, {"prefix_tokens": [1]}, {"output_toks": 1.5}, {"arrival_time": {}}]
+)
+def test_a_bad_line_is_named_by_its_number(folder: Path, change: dict[str, Any]) -> None:
+    rows = [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
+    write_requests(folder, [*rows[:4], {**rows[4], **change}, *rows[5:]])
+    with pytest.raises(UserError, match="line 5"):
+        Record.read(folder)
+
+
+def test_separators_inside_strings_do_not_end_lines(folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps({**row, "note": "a\u2028b\u0085c"}, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "requests.jsonl").write_text(text, encoding="utf-8")
+    assert len(Record.read(folder).trace) == len(rows) == len(read_lengths(folder))

@@ -32,6 +32,7 @@ from scipy.sparse import csr_array
 
 from flexirl.envs.fleet import Task
 from flexirl.runtime.profile.engine import EngineProfile
+from flexirl.runtime.profile.fits import fits
 from flexirl.runtime.profile.step_time import BATCH, step_time
 from flexirl.runtime.scheduler.accounts import Prices
 from flexirl.workloads.trace import IMMEDIATE, Trace
@@ -125,12 +126,10 @@ class _Work:
             (least_s + token_s + engine["per_sequence_s"]) * decodes + engine["per_context_s"] * context
         )
         end_s = duration_s + _longest_step_s(engine, trace) / speed
-        longest = rows["prompt_tokens"].astype(int) + rows["max_tokens"]
-        fits = (longest <= engine["max_model_len"]) & (-(-longest // block_size) <= engine["kv_blocks"])
         in_time = (arrival_s + prefill_s <= first_due_s) & (
             arrival_s + prefill_s + decode_s <= np.minimum(due_s, end_s)
         )
-        able = fits & in_time & (due_s >= warmup_s)
+        able = fits(engine, rows) & in_time & (due_s >= warmup_s)
         columns = (prices.of(rows), prompt - cached, prompt_s, decodes, context)
         return cls((arrival_s[able], first_due_s[able], due_s[able]), *(column[able] for column in columns))
 

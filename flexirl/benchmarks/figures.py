@@ -78,6 +78,7 @@ def leaderboard(revenue: Scores) -> Figure:
     errors = np.abs(intervals.T - means)
     axes.errorbar(means, places, xerr=errors, fmt="o", color=IMMEDIATE_COLOUR, ecolor=NEUTRAL, capsize=3, markersize=5)
     axes.set_yticks(places, revenue.policies)
+    axes.set_ylim(-0.6, len(means) - 0.4)
     axes.set(xlabel=f"{revenue.meaning} (mean over suites; bars: 95% bootstrap interval)")
     axes.grid(axis="x", color="#e5e5e5", linewidth=0.6)
     return figure
@@ -96,7 +97,7 @@ def win_matrix(revenue: Scores) -> Figure:
                       color="white" if abs(share - 0.5) > 0.35 else "black")  # fmt: skip
     axes.set_xticks(range(len(shares)), revenue.policies, rotation=60, ha="right")
     axes.set_yticks(range(len(shares)), revenue.policies)
-    figure.colorbar(image, ax=axes, shrink=0.7, label="share of episodes won by the row, level ones half")
+    figure.colorbar(image, ax=axes, shrink=0.7, label="share won by the row")
     return figure
 
 

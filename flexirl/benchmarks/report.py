@@ -8,11 +8,11 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 import flexirl
@@ -27,7 +27,7 @@ SENSITIVE = ("ttft_mean_s", "ttft_p99_s", "tpot_mean_s", "tpot_p99_s", "prompt_t
 MATTERS_LESS = 0.5  # of the greatest spread over distributions
 CAPTIONS = {
     "leaderboard": "Mean score of every policy. Episodes are drawn anew within scenarios, scenarios within suites.",
-    "wins": "Wins and losses over episodes, in percent.",
+    "wins": "Episodes in which the row's policy earns more than the column's, in percent; level ones count half.",
     "suites": "Mean score by suite.",
     "frontier": "Immediate attainment against deferred throughput, means over all scenarios with deferred work.",
     "heatmap": "How the pair of distributions sets the tail of TTFT.",
@@ -36,15 +36,6 @@ CAPTIONS = {
     "timeline_best": "The leader where it comes closest to the measure.",
     "timeline_worst": "The leader where it is farthest from it.",
 }
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1040px; margin: 2em auto; padding: 0 1em; }
-h1 { font-size: 1.7em; margin-bottom: 0.2em; } h2 { margin-top: 2em; border-bottom: 1px solid #ddd; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.87em; font-variant-numeric: tabular-nums; }
-td, th { padding: 0.25em 0.7em; text-align: right; border-bottom: 1px solid #eee; white-space: nowrap; }
-th { border-bottom: 2px solid #888; } td:first-child, th:first-child { text-align: left; }
-figure { margin: 1.2em 0; } img { max-width: 100%; } figcaption { color: #555; font-size: 0.9em; }
-code { font-size: 0.85em; } summary { cursor: pointer; color: #2a6f97; }
-"""
 
 Table = list[dict[str, Any]]
 
@@ -74,6 +65,7 @@ def all_tables(benchmark: Benchmark, revenue: Scores) -> dict[str, Table]:
             for name, values in zip(revenue.policies, revenue.by_suite, strict=True)
         ],
         "scenarios": _scenarios(rows, revenue),
+        "not_served": _not_served(rows, revenue),
         "sensitivity": [
             {"load": one.load, "figure": one.figure, "spread of log": one.spread,
              **{f"outer {name}": effect for name, effect in one.outer.items()},
@@ -139,6 +131,18 @@ def _scenarios(rows: Sequence[Row], revenue: Scores) -> Table:
     return table
 
 
+def _not_served(rows: Sequence[Row], revenue: Scores) -> Table:
+    """Scenarios with requests that the engine cannot hold or finish, and their shares; the same for every policy."""
+    figures = {"unservable": "unservable", "of service time": "unservable_work", "cut short": "cut_short"}
+    table = []
+    for suite, scenario in revenue.scenarios:
+        mine = [row for row in rows if (row["suite"], row["scenario"]) == (suite, scenario)]
+        shares = {title: statistics.mean_of(mine, figure) for title, figure in figures.items()}
+        if any(shares.values()):
+            table.append({"scenario": f"{suite}: {scenario}", **shares})
+    return table
+
+
 def findings(revenue: Scores) -> list[str]:
     """What the results say, in sentences."""
     means, intervals = revenue.mean(), revenue.interval()
@@ -188,72 +192,25 @@ def study_claims(found: Sequence[Sensitivity]) -> list[str]:
 
 
 def _page(benchmark: Benchmark, revenue: Scores, tables: dict[str, Table], pictures: dict[str, bytes]) -> str:
-    suites = ", ".join(revenue.suites)
-    episodes = len({(row["suite"], row["scenario"], row["seed"]) for row in benchmark.rows})
-    parts = [
-        f"<h1>Scheduling policies for mixed requests: {escape(suites)}</h1>",
-        f"<p>{len(benchmark.cells)} scenarios, {episodes} episodes, {len(revenue.policies)} policies; FlexiRL "
-        f"{flexirl.__version__}, seed {benchmark.seed}. Score: {escape(revenue.meaning)}. Knobs that a rule leaves "
-        "open (dials, latency budget) were searched for each scenario on other episodes.</p>",
-        *(f"<p><strong>{escape(sentence)}</strong></p>" for sentence in benchmark.skipped),
-        _list(findings(revenue)),
-        "<h2>Leaderboard</h2>", _table(tables["leaderboard"]), _figures(pictures, "leaderboard", "wins"),
-        "<h2>By suite</h2>", _figures(pictures, "suites"),
-    ]  # fmt: skip
-    if "frontier" in pictures:
-        parts += ["<h2>Both classes</h2>", _figures(pictures, "frontier")]
-    if tables["capacity"]:
-        parts += [
-            "<h2>Capacity</h2>",
-            "<p>Highest load tried at which, as at every lower one, at least 99% of the immediate promises are kept; 0 "
-            "where not even the lowest is.</p>",
-            _table(tables["capacity"]),
-        ]
-    latency = [name for name in pictures if name.startswith("latency_")]
-    if latency:
-        parts += ["<h2>Latency against load</h2>", _figures(pictures, *latency)]
-    if tables["sensitivity"]:
-        parts += [
-            "<h2>How requests arrive</h2>",
-            f"<p>Policy {REFERENCE}. Factors are relative to the mean over all pairs.</p>",
-            _list(study_claims(statistics.sensitivities(benchmark.rows, REFERENCE, SENSITIVE))),
-            _figures(pictures, "heatmap", "distributions", "course"), _table(tables["sensitivity"]),
-        ]  # fmt: skip
-    commands = "\n".join(cell.command(benchmark.seed) for cell in benchmark.cells)
-    parts += [
-        "<h2>Timelines</h2>", _figures(pictures, "timeline_best", "timeline_worst"),
-        "<h2>Scenarios</h2>", _table(tables["scenarios"]),
-        f"<details><summary>Commands that run each scenario alone</summary><pre>{escape(commands)}</pre></details>",
-    ]  # fmt: skip
-    body = "\n".join(parts)
-    head = f'<meta charset="utf-8"><title>FlexiRL benchmark: {escape(suites)}</title><style>{STYLE}</style>'
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
-
-
-def _list(sentences: Sequence[str]) -> str:
-    return "<ul>" + "\n".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>"
-
-
-def _figures(pictures: dict[str, bytes], *names: str) -> str:
-    return "\n".join(
-        f'<figure><img alt="{name}" src="data:image/png;base64,{base64.b64encode(pictures[name]).decode()}">'
-        f"<figcaption>{escape(CAPTIONS.get(name, 'Median over the scenarios of a load.'))}</figcaption></figure>"
-        for name in names
-    )
-
-
-def _table(rows: Table) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
-    lines = ["".join(f"<td>{_cell(value)}</td>" for value in row.values()) for row in rows]
-    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )  # fmt: skip
+    templates.filters |= {"cell": _cell, "base64": lambda data: base64.b64encode(data).decode()}
+    return templates.get_template("report.html.jinja").render(
+        benchmark=benchmark, revenue=revenue, tables=tables, pictures=pictures, captions=CAPTIONS,
+        version=flexirl.__version__, reference=REFERENCE, suites=", ".join(revenue.suites),
+        episodes=len({(row["suite"], row["scenario"], row["seed"]) for row in benchmark.rows}),
+        findings=findings(revenue),
+        claims=study_claims(statistics.sensitivities(benchmark.rows, REFERENCE, SENSITIVE)),
+    )  # fmt: skip
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, str):
-        return escape(value)
+        return value
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 

@@ -20,9 +20,10 @@ from omegaconf import OmegaConf
 import flexirl
 from flexirl.benchmarks.bound import upper_bound
 from flexirl.benchmarks.suites import Cell, composed
+from flexirl.compile_cache import sources
 from flexirl.experiments.comparison import TuningEpisodes, episodes, row_of, run_policy
 from flexirl.experiments.configuration import load_task
-from flexirl.policies.heuristics.base import tune
+from flexirl.policies.heuristics.base import RULES, tune
 from flexirl.policies.registry import make_policy
 from flexirl.policies.rules import load_rule_spec, rule_names
 from flexirl.progress import progress_bar
@@ -33,11 +34,14 @@ from flexirl.workloads.trace import IMMEDIATE
 UPPER_BOUND = "upper_bound"  # in the place of a policy: the most that any could earn
 TIMELINE_ROWS, SERIES_BINS = 300, 30
 PACKAGE = Path(flexirl.__file__).parent
-# What a run's figures follow from, beside its configuration.
-SOURCES = ("envs", "policies", "runtime", "workloads", "benchmarks/runs.py", "experiments")
-BOUND_SOURCES = (*SOURCES, "benchmarks/bound.py")
+BOUND = "flexirl.benchmarks.bound"  # which runs of policies do not depend on
 
 Result = dict[str, Any]
+
+
+def code() -> list[str]:
+    """Modules that, with all they import, make a result: this one, and the rules, which nobody imports by name."""
+    return [__name__, *sorted({rule.__module__ for rule in RULES.values()})]
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ class Job:
             "policy": _policy_identity(self.policy),
             "seeds": [self.seed, self.cell.seeds],
             "version": flexirl.__version__,
-            "sources": _sources_digest(BOUND_SOURCES if self.policy == UPPER_BOUND else SOURCES),
+            "code": sources().stamp(*code(), later=True, without=() if self.policy == UPPER_BOUND else (BOUND,)),
+            "data": _data_digest(),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -104,15 +109,12 @@ def _digest(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-@lru_cache
-def _sources_digest(names: tuple[str, ...]) -> str:
-    """A hash of the code and data that runs follow from, so that a changed rule is not read from the cache."""
-    found: list[Path] = []
-    for name in names:
-        path = PACKAGE / name
-        found += [path] if path.is_file() else [p for p in path.rglob("*") if p.suffix in (".py", ".json", ".onnx")]
+@cache
+def _data_digest() -> str:
+    """A hash of the package's files beside its code: engine profiles, networks, knobs of rules."""
+    files = [path for path in PACKAGE.rglob("*") if path.suffix in (".json", ".onnx")]
     digest = hashlib.sha256()
-    for path in sorted(found):
+    for path in sorted([*files, *(PACKAGE / "conf" / "policy").glob("*.yaml")]):
         digest.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -17,8 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from flexirl.errors import UserError
 from flexirl.experiments.configuration import CONF, count_of, load_task
+from flexirl.experiments.overrides import quoted
 
-TRACE_SUFFIXES = (".csv", ".csv.gz", ".jsonl")
+TRACE_SUFFIXES = (".csv", ".csv.gz", ".jsonl", ".jsonl.gz")
 SHORTEST_WARMUP = 0.1  # of the length of a trace that is shorter than a scenario
 
 Axis = Mapping[str, list[str]]
@@ -124,7 +125,18 @@ def _trace_axis(suite: dict[str, Any]) -> Axis:
     files = [path for path in files if path.match(str(suite["files"]))] or files
     if not files:
         raise UserError(f"suite.folder={folder} holds no trace ({', '.join(TRACE_SUFFIXES)}); give another folder.")
-    return {path.name.split(".")[0]: [f"workload.path='{path}'"] for path in files}
+    labels = [_label(path.name) for path in files]
+    return {
+        label if labels.count(label) == 1 else path.name: [f"workload.path={quoted(str(path))}"]
+        for label, path in zip(labels, files, strict=True)
+    }
+
+
+def _label(name: str) -> str:
+    """A trace file's name without what its kind and its held-out part are called by."""
+    for suffix in (".gz", ".csv", ".jsonl", ".val"):
+        name = name.removesuffix(suffix)
+    return name
 
 
 def _fitted_to_trace(overrides: list[str]) -> list[str]:

@@ -23,6 +23,7 @@ from flexirl.policies.interface.view import VISIBLE, new_arrays, one_view, read_
 from flexirl.runtime.borrow import borrow
 from flexirl.runtime.profile.capacity import ServiceTime
 from flexirl.runtime.profile.engine import EngineProfile
+from flexirl.runtime.profile.fits import fits, longest_sequence
 from flexirl.runtime.scheduler.accounts import Prices
 from flexirl.runtime.scheduler.looking import look
 from flexirl.runtime.scheduler.state import CLASS, State, new_states
@@ -87,7 +88,7 @@ class Task:
     def draw(self, seed: int) -> Trace:
         """The arrivals of one episode, of requests that ask for what the engine can hold."""
         trace = self.scenario.draw(seed, self.service_time_s, self.slo)
-        return trace.within(int(self.engine.values["max_model_len"]))
+        return trace.within(longest_sequence(self.engine.values))
 
     def action_shape(self) -> tuple[int, ...]:
         """Numbers per action; () for one discrete choice."""
@@ -95,7 +96,9 @@ class Task:
 
     def revenue_scale(self, trace: Trace) -> float:
         """Price units per second of an engine fully loaded with requests like the trace's."""
-        rows = trace.of_class(IMMEDIATE) if len(trace.of_class(IMMEDIATE)) else trace.rows
+        rows = trace.rows[fits(self.engine.values, trace.rows)]
+        immediate = rows[rows["request_class"] == IMMEDIATE]
+        rows = immediate if len(immediate) else rows
         return float(self.prices.of(rows).sum() / self.service_time_s(rows).sum()) if len(rows) else 1.0
 
 

@@ -20,9 +20,10 @@ from flexirl.policies.registry import make_policy
 from flexirl.progress import progress_bar
 from flexirl.runtime.live.executor import Executor
 from flexirl.runtime.live.run import run_live
+from flexirl.runtime.profile.capacity import in_words, shares_lost
 from flexirl.runtime.profile.pace import at_pace
 from flexirl.runtime.simulator.simulation import Run, simulate
-from flexirl.workloads.trace import DEFERRED, Trace
+from flexirl.workloads.trace import DEFERRED, IMMEDIATE, Trace
 
 ANCHORS = ("immediate_only", "deferred_only")
 
@@ -112,7 +113,8 @@ def row_of(policy: Policy, task: Task, trace: Trace, seed: int, run: Run) -> Row
     """A leaderboard row, still without what relates it to the anchors."""
     return {
         "policy": policy.name, "workload": task.scenario.name, "engine": task.engine.name,
-        "load": load_of(task, trace), "seed": seed, **run.figures,
+        "load": load_of(task, trace), "seed": seed,
+        **shares_lost(task.engine, trace.as_asked().of_class(IMMEDIATE)), **run.figures,
     }  # fmt: skip
 
 
@@ -214,7 +216,14 @@ def table(rows: Sequence[Row]) -> str:
         "  ".join([name.ljust(name_width), *(cell.rjust(width) for cell, width in zip(rest, widths, strict=True))])
         for name, *rest in cells
     ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *footnotes(rows)])
+
+
+def footnotes(rows: Sequence[Row]) -> list[str]:
+    """What of the requests the engine could not serve, in sentences; the same for all policies."""
+    first = [row for row in rows if row["policy"] == rows[0]["policy"]]
+    lost = {name: _mean([row[name] for row in first]) or 0.0 for name in ("unservable", "unservable_work", "cut_short")}
+    return in_words(lost, "the immediate requests")
 
 
 def write_leaderboard(rows: Sequence[Row], folder: Path) -> None:

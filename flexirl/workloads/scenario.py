@@ -117,7 +117,10 @@ def _mean_service_s(lengths: LengthModel, service_time_s: ServiceTime) -> float:
 
 def _positive(seconds: float) -> float:
     if not (math.isfinite(seconds) and seconds > 0):
-        raise UserError(f"requests cost {seconds:g} s of the engine; load needs a positive service time.")
+        raise UserError(
+            f"requests cost {seconds:g} s of the engine, since none of them fits it; give it a longer "
+            "engine.max_model_len and a larger engine.kv_blocks, or shorten the requests."
+        )
     return seconds
 
 
@@ -197,6 +200,11 @@ class Recorded:
         arrival_s = self.trace.rows["arrival_s"]
         self._since_first_s = arrival_s - arrival_s[0]
         last = float(self._since_first_s[-1])
+        if load is None and last == 0:
+            raise UserError(
+                f"{self.trace.name} has all of its {len(arrival_s)} requests at one time, which is no rate; give "
+                "workload.load, the share of the engine's capacity at which they are to arrive."
+            )
         self._span_s = last * len(arrival_s) / (len(arrival_s) - 1) if last > 0 else 1.0
         self._demand = _PerServiceTime()
 
@@ -407,8 +415,14 @@ class Scenario:
         )  # fmt: skip
 
     def length_s(self, service_time_s: ServiceTime) -> float:
-        """Length of one draw in seconds, for this engine."""
-        return self.immediate.length_s(self.duration_s, service_time_s)
+        """Length of one draw in seconds, for this engine; raises UserError where the warm-up leaves nothing of it."""
+        length_s = self.immediate.length_s(self.duration_s, service_time_s)
+        if self.warmup_s >= length_s:
+            raise UserError(
+                f"{self.name} lasts {length_s:.6g} s, no longer than workload.warmup_s={self.warmup_s:g}, so nothing "
+                "would be measured; set workload.warmup_s=0."
+            )
+        return length_s
 
     def draw(self, seed: int, service_time_s: ServiceTime, slo: SLO) -> Trace:
         """The requests of one episode: the same for the same seed and engine, on any machine.

@@ -35,12 +35,14 @@ TRACE_ROW = np.dtype(
 class Trace:
     """Requests sorted by arrival.
 
-    rows: array of `TRACE_ROW`; name: where they come from; num_tenants: tenants are 0..num_tenants-1.
+    rows: array of `TRACE_ROW`; name: where they come from; num_tenants: tenants are 0..num_tenants-1; asked: the rows
+    before `within` cut them, None where it did not.
     """
 
     rows: np.ndarray
     name: str
     num_tenants: int
+    asked: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -49,16 +51,20 @@ class Trace:
         """The rows of one class, as a copy."""
         return self.rows[self.rows["request_class"] == request_class]
 
-    def within(self, max_model_len: int) -> Trace:
-        """The same requests of clients that ask for no more tokens than a model of this length has left for them.
+    def within(self, longest: int) -> Trace:
+        """The same requests of clients that ask for no more tokens than a sequence of this length has left for them.
 
         Outputs that would be longer end there, as a server ends them. A prompt that leaves no token stays as it is.
         """
         rows = self.rows.copy()
-        room = np.maximum(max_model_len - rows["prompt_tokens"], 1)
+        room = np.maximum(longest - rows["prompt_tokens"], 1)
         for column in ("max_tokens", "output_tokens", "predicted_output_tokens"):
             rows[column] = np.minimum(rows[column], room)
-        return Trace(rows, self.name, self.num_tenants)
+        return Trace(rows, self.name, self.num_tenants, self.rows)
+
+    def as_asked(self) -> Trace:
+        """The requests before `within` cut them."""
+        return self if self.asked is None else Trace(self.asked, self.name, self.num_tenants)
 
     @property
     def duration_s(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -52,7 +53,8 @@ def row_of(policy: str, load: float, strength: float, seed: int) -> dict[str, ob
         "policy": policy, "workload": "w", "engine": "e", "load": load, "seed": seed,
         "revenue_per_s": 1000.0 * strength, "immediate_attainment": 1.0 if strength > load else 0.5,
         "prompt_tokens_per_s": 100.0 * load, "output_tokens_per_s": 10.0 * load, "deferred_on_time": None,
-        "deferred_tokens_per_s": 10.0 * strength, "jain_fairness": 1.0,
+        "deferred_tokens_per_s": 10.0 * strength, "jain_fairness": 1.0, "unservable": 0.0, "unservable_work": 0.0,
+        "cut_short": 0.0,
     }  # fmt: skip
     for name, scale in (("ttft", load), ("tpot", 0.01 * load)):
         row[f"{name}_mean_s"] = scale
@@ -126,7 +128,7 @@ def test_the_same_results_make_the_same_page(folder: Path, tmp_path: Path) -> No
 def test_without_a_bound_policies_are_held_against_the_best(tmp_path: Path) -> None:
     write_report(fixed_benchmark(bound=False), tmp_path)
     text = (tmp_path / "report.html").read_text()
-    assert "share of the best policy&#x27;s" in text and "upper bound." not in text
+    assert "share of the best policy's" in html.unescape(text) and "upper bound." not in text
     with open(tmp_path / "leaderboard.csv", newline="") as file:
         assert [float(row["score"]) for row in csv.DictReader(file)] == pytest.approx([1.0, 5 / 9])
 
@@ -156,3 +158,17 @@ def test_without_deferred_work_there_is_no_frontier(tmp_path: Path) -> None:
         row["deferred_share_of_deferred_only"] = None
     write_report(benchmark, tmp_path)
     assert not (tmp_path / "frontier.png").exists() and "Both classes" not in (tmp_path / "report.html").read_text()
+
+
+def test_what_an_engine_cannot_serve_is_said(folder: Path, tmp_path: Path) -> None:
+    assert "cannot serve" not in (folder / "report.html").read_text() and not (folder / "not_served.csv").exists()
+    benchmark = fixed_benchmark()
+    for row in benchmark.rows:
+        if row["suite"] == "bursts":
+            row |= {"unservable": 0.05, "unservable_work": 0.39}
+    write_report(benchmark, tmp_path)
+    assert "Requests that the engine cannot serve" in (tmp_path / "report.html").read_text()
+    with open(tmp_path / "not_served.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["scenario"] for row in table] == [f"bursts: workload <wild>, load {load}" for load in (0.3, 0.6)]
+    assert {(row["unservable"], row["of service time"], row["cut short"]) for row in table} == {("0.05", "0.39", "0.0")}

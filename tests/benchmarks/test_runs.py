@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +17,7 @@ from flexirl.benchmarks import runs
 from flexirl.benchmarks.results import collect
 from flexirl.benchmarks.runs import UPPER_BOUND, Job, Result, run_all
 from flexirl.benchmarks.suites import Cell, composed
-from flexirl.compile_cache import Sources
+from flexirl.compile_cache import Sources, read_source, sources
 from flexirl.experiments.comparison import compare
 from flexirl.experiments.configuration import load_task
 
@@ -98,19 +101,6 @@ def test_what_a_result_depends_on_changes_its_key(tmp_path: Path, monkeypatch: p
     assert Job(renamed, "qoserve", 0).key == first.key
 
 
-@pytest.mark.parametrize(
-    ("module", "counted"), [("bound", runs.BOUND_SOURCES), ("runs", runs.SOURCES)], ids=["bound", "runs"]
-)
-def test_results_follow_from_all_that_their_code_imports(module: str, counted: tuple[str, ...], tmp_path: Path) -> None:
-    sources = Sources(tmp_path / "sources.json")
-    sources.stamp(f"flexirl.benchmarks.{module}")
-    files = {name.removeprefix("flexirl.").replace(".", "/") + ".py" for name in sources._fresh}
-    assert len(files) > 20
-    of_no_figure = {"errors.py", "cores.py", "compile_cache.py", "benchmarks/suites.py", "benchmarks/bound.py"}
-    missing = {file for file in files if file.split("/")[0] not in counted and file not in counted}
-    assert missing <= of_no_figure - set(counted)
-
-
 def test_rows_are_those_of_evaluate(fresh: list[Result]) -> None:
     rows = collect(jobs_of(*POLICIES, UPPER_BOUND), fresh).rows
     expected = compare(load_task(composed(CELL.overrides)), POLICIES, 2).rows
@@ -127,3 +117,43 @@ def test_a_course_holds_what_figures_need(fresh: list[Result]) -> None:
     course: Any = json.loads(json.dumps(fresh[1]))
     assert len(set(map(len, course["timeline"].values()))) == 1 and course["timeline"]["now_s"][-1] >= 10
     assert all(len(values) == runs.SERIES_BINS for values in course["series"].values())
+
+
+def test_the_key_follows_all_code_that_runs_load() -> None:
+    """Against what a process has loaded after a rule, a network and the bound have run in it."""
+    code = (
+        "import json, sys\n"
+        "from flexirl.benchmarks.runs import UPPER_BOUND, Job\n"
+        "from flexirl.benchmarks.suites import Cell\n"
+        f"cell = Cell('mine', {{}}, {CELL.overrides!r}, 1)\n"
+        "for policy in ('qoserve', 'pretrained', UPPER_BOUND):\n"
+        "    Job(cell, policy, 0).run()\n"
+        "print(json.dumps({n: m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'flexirl'}))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded: dict[str, str] = json.loads(ran.stdout.splitlines()[-1])
+    known = sources().modules(*runs.code(), later=True)
+    assert "flexirl.policies.deploy.learned" in known and "flexirl.benchmarks.bound" in known and len(loaded) > 50
+    for name in loaded.keys() - known:  # packages that only say where compiled code is kept
+        path = Path(loaded[name])
+        assert path.name == "__init__.py" and set(read_source(path).imports) <= {"flexirl", "flexirl.compile_cache"}
+
+
+def test_each_module_that_runs_depend_on_changes_the_stamp(tmp_path: Path) -> None:
+    copy = tmp_path / "flexirl"
+    shutil.copytree(runs.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", "*.onnx"))
+
+    def stamps() -> list[str]:
+        fresh = Sources(tmp_path / "sources.json", copy)
+        return [fresh.stamp(*runs.code(), later=True, without=without) for without in ((), (runs.BOUND,))]
+
+    before = stamps()
+    of_policies = sources().modules(*runs.code(), later=True, without=(runs.BOUND,))
+    for name in sources().modules(*runs.code(), later=True):
+        place = tmp_path / name.replace(".", "/")
+        path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+        path.write_text(f"{path.read_text()}\nCHANGED = True\n")
+        after = stamps()
+        assert after[0] != before[0], name
+        assert (after[1] != before[1]) == (name in of_policies), name
+        before = after

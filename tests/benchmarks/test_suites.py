@@ -112,3 +112,19 @@ def test_every_trace_of_a_folder_is_played(traces: Path) -> None:
 def test_bad_suites(entries: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         expand(OmegaConf.create({"name": "mine", **entries}))
+
+
+def test_traces_with_odd_names_are_all_played(tmp_path: Path) -> None:
+    folder = tmp_path / "Ann's traces, old=1"
+    folder.mkdir()
+    text = "arrival_s,prompt_tokens,output_tokens\n" + "".join(f"{i},500,50\n" for i in range(200))
+    line = '{"timestamp": %d, "input_length": 500, "output_length": 50, "hash_ids": [%d]}\n'
+    for name in ("v1.0.val.csv", "v1.1.val.csv", "same.val.csv"):
+        (folder / name).write_text(text)
+    lines = "".join(line % (1000 * i, i) for i in range(200))
+    (folder / "same.val.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    cells = cells_of("traces", folder=str(folder))
+    names = {cell.labels["trace"] for cell in cells}
+    assert names == {"v1.0", "v1.1", "same.val.csv", "same.val.jsonl.gz"} and len(cells) == 4 * 2 * 3
+    files = {Path(composed(cell.overrides).workload.path).name for cell in cells}
+    assert files == {path.name for path in folder.iterdir()}

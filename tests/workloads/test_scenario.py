@@ -12,6 +12,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from flexirl.errors import UserError
+from flexirl.runtime.profile.capacity import ServiceTime
+from flexirl.runtime.profile.engine import load_profile
 from flexirl.workloads.config import from_config
 from flexirl.workloads.scenario import Scenario
 from flexirl.workloads.slo import SLO
@@ -295,3 +297,35 @@ def test_requests_ask_for_no_more_than_a_model_has_left_for_them() -> None:
     assert cut.rows["max_tokens"].tolist() == [50, 10, 1, 1]
     assert cut.rows["predicted_output_tokens"].tolist() == [4, 10, 0, 1]
     assert rows["output_tokens"].tolist() == [5, 30, 3, 7]  # not changed itself
+
+
+@pytest.mark.parametrize("rows", ["5,100,10\n", "5,100,10\n5,100,10\n5,100,10\n"])
+def test_requests_at_one_time_have_a_load_or_none(tmp_path, rows):
+    path = tmp_path / "t.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n" + rows)
+    whole = ("workload=trace", f"workload.path={path}", "workload.duration_s=null")
+    with pytest.raises(UserError, match=r"t.csv has all of its \d requests at one time.*give workload.load"):
+        configured(*whole, "workload.load=null")
+    with pytest.raises(UserError, match=r"lasts .* s, no longer than workload.warmup_s=20.*set workload.warmup_s=0"):
+        draw(configured(*whole, "workload.load=0.5"))
+    scenario = configured(*whole, "workload.load=0.5", "workload.warmup_s=0", "workload/deferred=none")
+    trace = draw(scenario)
+    assert (trace.rows["arrival_s"] == 0).all()
+    assert service_time_s(trace.rows).sum() / scenario.length_s(service_time_s) == pytest.approx(0.5)
+
+
+def test_the_load_of_a_trace_is_what_the_engine_can_serve_of_it(tmp_path):
+    path = write_trace(tmp_path / "t.csv")  # prompts of up to 5000 tokens
+    engine = load_profile("h100-llama-3.1-8b").replace(max_model_len=3000)
+    scenario = configured(
+        "workload=trace", f"workload.path={path}", "workload.load=0.8", "workload.duration_s=null",
+        "workload.warmup_s=0", "workload/deferred=none",
+    )  # fmt: skip
+    cost_s = ServiceTime(engine)
+    rows = scenario.draw(0, cost_s, DEFAULT_SLO).within(3000).rows
+    served = rows[rows["prompt_tokens"] < 3000]
+    assert 100 < len(served) < 300
+    assert cost_s(served).sum() / scenario.length_s(cost_s) == pytest.approx(0.8, rel=1e-9)
+    none = ServiceTime(engine.replace(max_model_len=1))
+    with pytest.raises(UserError, match="none of them fits it"):
+        scenario.length_s(none)

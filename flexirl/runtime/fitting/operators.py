@@ -32,6 +32,7 @@ import numpy as np
 from scipy.interpolate import RegularGridInterpolator
 
 from flexirl.errors import UserError
+from flexirl.runtime.fitting.requests import read_requests
 from flexirl.runtime.profile.engine import EngineProfile, make_profile
 from flexirl.runtime.profile.step_time import BATCH, design_matrix, fit
 
@@ -273,16 +274,18 @@ def _at(line: tuple[np.ndarray, np.ndarray], size: float) -> float:
 def read_lengths(folder: str | Path) -> np.ndarray:
     """Prompt and output tokens of the run's requests: int array (requests, 2)."""
     path = Path(folder) / "requests.jsonl"
-    try:
-        rows = [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
-        lengths = np.array([(row["input_toks"], row["output_toks"]) for row in rows], dtype=int)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; a run folder needs the requests it served.") from None
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path} needs one JSON object a line with input_toks and output_toks.") from None
-    if not len(lengths) or (lengths < 1).any():
-        raise UserError(f"{path} needs at least one request, each with 1 token or more either way.")
-    return lengths
+    rows: list[list[int]] = []
+    for number, request in read_requests(Path(folder)):
+        try:
+            row = [int(request[name]) for name in ("input_toks", "output_toks")]
+        except (KeyError, OverflowError, TypeError, ValueError):
+            raise UserError(f"{path}: line {number} needs the numbers input_toks and output_toks.") from None
+        if min(row) < 1:
+            raise UserError(
+                f"{path}: line {number} has {row[0]} + {row[1]} tokens; each request has 1 or more either way."
+            )
+        rows.append(row)
+    return np.array(rows)
 
 
 def sample_iterations(

@@ -19,9 +19,9 @@ blocks and seat until the next one is chosen (`update_from_output` in `vllm/v1/c
 from __future__ import annotations
 
 import csv
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numba as nb
 import numpy as np
@@ -29,6 +29,7 @@ import numpy as np
 from flexirl.errors import UserError
 from flexirl.policies.interface.policy import Policy
 from flexirl.runtime.fitting.operators import read_meta
+from flexirl.runtime.fitting.requests import read_requests
 from flexirl.runtime.profile.engine import EngineProfile
 from flexirl.runtime.profile.step_time import step_time
 from flexirl.runtime.scheduler.books import seats_taken
@@ -94,29 +95,19 @@ class Record:
             raise UserError(f"{folder} does not exist; run= names the folder of a recorded run.")
         settings = (read_meta(folder).get("resolved_config") or {}).get("scheduler_config") or {}
         path = folder / "requests.jsonl"
-        try:
-            lines = [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
-            lines.sort(key=lambda line: line["arrival_time"])
-            times = np.array([[line[name] for name in ("arrival_time", *_TIMES)] for line in lines], dtype=float)
-            rows = empty_rows(len(lines))
-            rows["prompt_tokens"] = [line["input_toks"] for line in lines]
-            rows["output_tokens"] = [line["output_toks"] for line in lines]
-            rows["prefix_tokens"] = [line.get("prefix_tokens", 0) for line in lines]
-        except FileNotFoundError:
-            raise UserError(f"{path} does not exist; a run folder needs the requests it served.") from None
-        except (
-            json.JSONDecodeError,
-            UnicodeDecodeError,
-            AttributeError,
-            KeyError,
-            OverflowError,
-            TypeError,
-            ValueError,
-        ):
-            needs = ", ".join(("input_toks", "output_toks", "arrival_time", *_TIMES))
-            raise UserError(f"{path} needs one JSON object a line with the numbers {needs}.") from None
-        if not len(lines) or not np.isfinite(times).all() or (np.diff(times[:, 1:], axis=1) < 0).any():
-            raise UserError(f"{path} needs at least one request, each queued before its first and last token.")
+        numbered = [(*_figures(path, number, request), number) for number, request in read_requests(folder)]
+        numbered.sort(key=lambda of: of[0])
+        table = np.array(numbered)
+        times = table[:, :4]
+        late = ~np.isfinite(times).all(axis=1) | (np.diff(times[:, 1:], axis=1) < 0).any(axis=1)
+        if late.any():
+            raise UserError(
+                f"{path}: line {numbered[int(np.argmax(late))][-1]} is not a request that was queued before its first "
+                "and last token."
+            )
+        rows = empty_rows(len(table))
+        for column, values in zip(("prompt_tokens", "output_tokens", "prefix_tokens"), table[:, 4:7].T, strict=True):
+            rows[column] = values
         rows["max_tokens"] = rows["output_tokens"]
         rows["arrival_s"] = times[:, 0] - times[0, 0]
         check(rows, str(path))
@@ -124,6 +115,23 @@ class Record:
         served = Served(seconds[:, 0], seconds[:, 1], seconds[:, 2], rows["output_tokens"])
         trace = Trace(rows, folder.resolve().name, 1)
         return Record(trace, served, _read_series(folder), bool(settings.get("async_scheduling", False)))
+
+
+def _figures(path: Path, number: int, request: dict[str, Any]) -> tuple[float, ...]:
+    """Times, then lengths in tokens, of one line; raises UserError for what is no number."""
+    needed = ("arrival_time", *_TIMES, "input_toks", "output_toks")
+    try:
+        figures = (*(float(request[name]) for name in needed), float(request.get("prefix_tokens", 0)))
+        if any(not 0 <= tokens < 2**31 or tokens != int(tokens) for tokens in figures[4:]):
+            raise ValueError
+    except (KeyError, OverflowError, TypeError, ValueError):
+        raise UserError(
+            f"{path} needs one JSON object a line with the numbers {', '.join(needed)}; line {number} is none."
+        ) from None
+    for what, tokens in (("a prompt", figures[4]), ("an output", figures[5])):
+        if tokens < 1:
+            raise UserError(f"{path}: line {number} has {tokens:.0f} tokens; {what} has at least 1 token.")
+    return figures
 
 
 def _read_series(folder: Path) -> np.ndarray:

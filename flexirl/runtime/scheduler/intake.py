@@ -5,15 +5,14 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
+from flexirl.runtime.profile.fits import longest_sequence
 from flexirl.runtime.scheduler.books import (
     book_end,
     compact,
     end_running,
     end_waiting,
     join_tenant,
-    total_blocks,
 )
-from flexirl.runtime.scheduler.kv_cache import blocks_for
 from flexirl.runtime.scheduler.queues import push
 from flexirl.runtime.scheduler.state import (
     CANCELLED,
@@ -65,9 +64,8 @@ def submit(state: State, r: int) -> None:
     request.finish_s = np.inf
     group.arrived += 1
     group.arrived_prompt += request.prompt_tokens
-    longest = request.prompt_tokens + request.max_tokens
     join_tenant(state, request.tenant)
-    if longest > engine.max_model_len or blocks_for(longest, engine.block_size) > total_blocks(state):
+    if request.prompt_tokens + request.max_tokens > longest_sequence(engine):
         request.status = REJECTED
         book_end(state, r, scheduler.now_s)
     else:

@@ -3,14 +3,13 @@
 import gzip
 import json
 import logging
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from flexirl.errors import UserError
-from flexirl.workloads.readers import read_lengths, read_trace
+from flexirl.workloads.readers import FORMATS, read_lengths, read_trace
+from flexirl.workloads.readers.formats import sample_of
 from flexirl.workloads.trace import check
 
 
@@ -216,42 +215,37 @@ def test_missing_truncated_and_unknown(tmp_path):
         read_trace(tmp_path / "b.csv")
 
 
-def bailian(**changes: Any) -> str:
-    record = {"chat_id": 1, "timestamp": 2.5, "input_length": 40, "output_length": 5, "hash_ids": [7, 8, 9], **changes}
-    return json.dumps(record, ensure_ascii=False) + "\n"
+def test_one_row_without_a_time_is_named(tmp_path):
+    vidur = write(tmp_path / "v.csv", "arrived_at,num_prefill_tokens,num_decode_tokens\n0,5,5\nnan,5,5\n2,5,5\n")
+    with pytest.raises(UserError, match="request 2 has no arrival time; 1 of 3 have none"):
+        read_trace(vidur)
+    line = '{"timestamp": %s, "input_length": 5, "output_length": 5, "hash_ids": [1]}\n'
+    with pytest.raises(UserError, match="request 1 has no arrival time; 1 of 2"):
+        read_trace(write(tmp_path / "t.jsonl", line % "NaN" + line % "3"))
 
 
-def test_bailian_counts_seconds_and_blocks_of_16(tmp_path: Path) -> None:
-    path = tmp_path / "t.jsonl"
-    path.write_text(bailian() + bailian(timestamp=115.0, hash_ids=[7, 8, 10]))
-    rows = read_trace(path).rows
-    assert rows["arrival_s"].tolist() == [2.5, 115.0]
-    assert rows["prefix_tokens"].tolist() == [0, 32]
+def test_dots_in_a_name_do_not_make_another_format(tmp_path):
+    path = write(tmp_path / "run.json.export.csv", HEADER + "0,1,1\n")
+    assert len(read_trace(path)) == 1
 
 
-def test_blocks_of_another_size_are_not_taken_for_mooncakes(tmp_path: Path) -> None:
-    path = tmp_path / "t.jsonl"
-    path.write_text(json.dumps({"timestamp": 2.5, "input_length": 160, "output_length": 5, "hash_ids": [*range(10)]}))
-    with pytest.raises(UserError, match="line 1 has 10 hash_ids for 160 prompt tokens, not the 1 blocks of 512"):
-        read_trace(path)
+def test_clients_without_lengths_are_said_with_their_share(tmp_path, caplog):
+    for client, rate in ((0, 1.0), (1, 3.0)):
+        write(tmp_path / f"chunk-{client}-trace.csv", f"0,{rate},1.0,Gamma,1.0,1.0\n600,0,0,,0,0\n")
+    dataset = {"0": {"input_tokens": "{10: 1.0}", "output_tokens": "{3: 1.0}"}}
+    write(tmp_path / "chunk-0-dataset.json", json.dumps(dataset))
+    with caplog.at_level(logging.WARNING):
+        assert len(read_trace(tmp_path)) == pytest.approx(600, rel=0.2)
+    assert "1 of 2 clients have no lengths" in caplog.text and "75.0% of all requests" in caplog.text
 
 
-@pytest.mark.parametrize("hashes", [{"7": 1}, "789", [[7], [8], [9]], [7, 8, 1.5], [7, 8, True]])
-def test_hashes_that_are_no_list_of_numbers_are_refused(tmp_path: Path, hashes: Any) -> None:
-    path = tmp_path / "t.jsonl"
-    path.write_text(bailian() + bailian(hash_ids=hashes))
-    with pytest.raises(UserError, match="line 2 has hash_ids"):
-        read_trace(path)
-
-
-def test_a_separator_inside_a_text_splits_no_line(tmp_path: Path) -> None:
-    path = tmp_path / "t.jsonl"
-    path.write_text(bailian(type="a\u2028b\x85c") + bailian())
-    assert len(read_trace(path)) == 2
-
-
-def test_a_missing_arrival_names_its_row(tmp_path: Path) -> None:
-    path = tmp_path / "t.csv"
-    path.write_text("arrival_s,prompt_tokens,output_tokens\n0,5,5\n,5,5\n2,5,5\n")
-    with pytest.raises(UserError, match=r"line 3|request 2"):
-        read_trace(path)
+def test_every_format_is_recognised_by_itself_alone(traces):
+    folder = traces / "original_formats"
+    places = {
+        "azure": folder / "azure23/AzureLLMInferenceTrace_conv.csv", "vidur": folder / "vidur/splitwise_conv.csv",
+        "mooncake": folder / "mooncake/synthetic_trace.jsonl", "agentic": folder / "agentic_cc/traces",
+        "servegen": folder / "servegen/data/language/m-large", "normalised": traces / "azure23_conv.csv.gz",
+    }  # fmt: skip
+    for name, path in places.items():
+        recognising = [format.name for format in FORMATS.values() if format.recognises(sample_of(path))]
+        assert recognising[0] == name

@@ -33,6 +33,7 @@ from flexirl.experiments.records import command, record_run
 from flexirl.experiments.seeds import VALIDATION_SEED
 from flexirl.experiments.training_run import load_agent, load_engines, warm_start
 from flexirl.policies.registry import check_names
+from flexirl.policies.training import probing
 from flexirl.policies.training.export import export
 from flexirl.policies.training.training import Training
 
@@ -98,6 +99,7 @@ def report(
             "action": task.action, "immediate_order": task.immediate_order, "deferred_order": task.deferred_order,
             "interval_s": task.interval_s, "command": command("train"),
             "training": OmegaConf.to_container(config, resolve=True), "validation": watching.best,
+            "probing": None if config.get("mixture") is None else probing.settings(),
         }  # fmt: skip
         export(agent, folder / "policy.onnx", metadata)
         names.insert(0, str(folder / "policy.onnx"))

@@ -40,6 +40,14 @@ _UP = np.eye(NUM_DIALS, dtype=np.float32)[PROBED_DIALS]
 _PROBES = np.vstack([np.zeros((1, NUM_DIALS), np.float32), _UP, -_UP])
 
 
+def settings() -> dict[str, Any]:
+    """What an agent that probing has improved was made with."""
+    return {
+        "rounds": ROUNDS, "tasks": PROBED, "remembered": REMEMBERED, "moves": MOVES, "reach": REACH,
+        "stiffness": STIFFNESS, "every": EVERY, "updates": UPDATES, "batch": BATCH, "learning_rate": LEARNING_RATE,
+    }  # fmt: skip
+
+
 class Lesson(NamedTuple):
     """What probing one task says: float32, a row for each of n decisions."""
 

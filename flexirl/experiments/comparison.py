@@ -34,10 +34,15 @@ Row = dict[str, Any]
 Runner = Callable[[Policy, Task, Trace, int], Run]
 
 
+def interval_s(policy: Policy, task: Task) -> float:
+    """Seconds between decisions: those a checkpoint was trained with, or the task's."""
+    return getattr(policy, "interval_s", None) or task.interval_s
+
+
 def on_surrogate(policy: Policy, task: Task, trace: Trace, seed: int) -> Run:
     """One run on the surrogate engine."""
     return simulate(
-        policy, task.engine, trace, task.slo, task.duration_s(), task.scenario.warmup_s, task.interval_s, seed,
+        policy, task.engine, trace, task.slo, task.duration_s(), task.scenario.warmup_s, interval_s(policy, task), seed,
         task.prices,
     )  # fmt: skip
 
@@ -56,8 +61,8 @@ def on_live(executor: Executor) -> Runner:
 
     def run(policy: Policy, task: Task, trace: Trace, seed: int) -> Run:
         return run_live(
-            policy, executor, trace, task.slo, task.duration_s(), task.scenario.warmup_s, task.interval_s, seed,
-            task.prices,
+            policy, executor, trace, task.slo, task.duration_s(), task.scenario.warmup_s, interval_s(policy, task),
+            seed, task.prices,
         )  # fmt: skip
 
     return run

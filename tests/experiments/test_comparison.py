@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from flexirl.benchmarks.suites import composed
-from flexirl.experiments.comparison import compare, table
+from flexirl.experiments.comparison import compare, on_surrogate, table
 from flexirl.experiments.configuration import load_task
+from flexirl.policies.interface.view import View
+from flexirl.policies.registry import make_policy
 from flexirl.runtime.scheduler.state import REJECTED
 from flexirl.workloads.readers import read_trace
 
@@ -41,3 +45,21 @@ def test_what_cannot_be_served_is_counted_and_is_no_load(trace: Path, limit: str
     assert said[1].startswith("5.00% of the immediate requests end where")
     whole = compare(load_task(composed(overrides)), ["vllm_fcfs"], 1)
     assert whole.rows[0]["unservable"] == 0.0 and "immediate requests" not in table(whole.rows)
+
+
+def test_a_trained_policy_keeps_its_interval() -> None:
+    """It is asked as often as it was in training, whatever the configuration says of others."""
+    task = load_task(composed(["workload=tiny", "workload.duration_s=4", "workload.warmup_s=0", "env.interval_s=0.2"]))
+    asked: dict[str, int] = {}
+    for name in ("seldom", "as configured"):
+        policy = make_policy("edf")
+
+        def decide(view: View, name: str = name, decide: Any = policy.decide) -> Any:
+            asked[name] = asked.get(name, 0) + 1
+            return decide(view)
+
+        trained = SimpleNamespace(name=name, every_iteration=False, reset=policy.reset, decide=decide)
+        if name == "seldom":
+            trained.interval_s = 1.0
+        on_surrogate(trained, task, task.draw(0), 0)
+    assert asked["seldom"] <= 4 < 15 < asked["as configured"] <= 20

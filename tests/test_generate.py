@@ -89,7 +89,7 @@ def test_a_file_longer_than_the_engines_room_gives_the_same_tokens(
     for most in (generate.MOST_REQUESTS, 2):
         monkeypatch.setattr(generate, "MOST_REQUESTS", most)
         monkeypatch.setattr(sys, "argv", ["generate", "prompts=prompts.jsonl", "hydra.run.dir=out", "stream=false"])
-        run_program("generate", generate.run)
+        run_program("generate")
         found = completions(tmp_path)
         assert {done["id"] for done in found if done["finish_reason"] == "error"} == {"greedy", "zero"}
         tokens.append({done["id"]: done["token_ids"] for done in found if done["finish_reason"] != "error"})
@@ -122,7 +122,7 @@ def test_bad_settings_end_in_a_sentence(
     Path("latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
     monkeypatch.setattr(sys, "argv", ["generate", "prompts=good.jsonl", "hydra.run.dir=out", *arguments])
     with pytest.raises(SystemExit) as left:
-        run_program("generate", generate.run)
+        run_program("generate")
     lines = capsys.readouterr().err.strip().splitlines()
     assert left.value.code == 2 and len(lines) == 1 and message in lines[0], lines
 

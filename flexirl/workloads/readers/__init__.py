@@ -9,27 +9,31 @@ what the client asked for, and a tighter limit would reveal the true output leng
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from flexirl.errors import UserError
-from flexirl.workloads.readers import agentic, azure, bailian, burstgpt, mooncake, normalised, servegen, vidur
+from flexirl.workloads.readers import agentic, azure, bailian, burstgpt, mooncake, servegen, vidur
+from flexirl.workloads.readers import log as service_log
 from flexirl.workloads.readers.formats import Column, Format, sample_of
 from flexirl.workloads.trace import Trace, check
 
 FORMATS: dict[str, Format] = {
     module.FORMAT.name: module.FORMAT
-    for module in (normalised, azure, burstgpt, vidur, bailian, mooncake, servegen, agentic)
+    for module in (azure, burstgpt, vidur, bailian, mooncake, servegen, agentic, service_log)
 }
 
 
-def read_trace(path: str | Path, format: str | None = None, seed: int = 0) -> Trace:
+def read_trace(
+    path: str | Path, format: str | None = None, seed: int = 0, columns: Mapping[str, str] | None = None
+) -> Trace:
     """Reads a trace, detecting its format from the file's name and first line where `format` is None.
 
     | format | what it is |
     |---|---|
-    | normalised | CSV: arrival_s, prompt_tokens, output_tokens; optional columns are named below |
+    | log | CSV or JSONL with a time, prompt tokens and output tokens by any common name; see `columns.NAMES` |
     | azure | Azure LLM and LMM inference CSV: TIMESTAMP, ContextTokens, GeneratedTokens, optional NumImages |
     | burstgpt | BurstGPT CSV: Timestamp (s), Request tokens, Response tokens; rows without a response are dropped |
     | vidur | Vidur CSV: arrived_at, num_prefill_tokens, num_decode_tokens |
@@ -38,15 +42,15 @@ def read_trace(path: str | Path, format: str | None = None, seed: int = 0) -> Tr
     | agentic | agent-session JSON, one file or a folder of them; sessions start at seeded random times |
     | servegen | ServeGen folder of chunk-N-trace.csv and chunk-N-dataset.json, resampled with the seed |
 
-    The normalised format's num_images, image_tokens, client_id (becomes the tenant), and prefix_hit_tokens or hash_ids
-    may be missing. Any file may be gzipped (name ending in .gz). Rows are stable-sorted by arrival; the original
-    offset is kept, and clock times start at 0. Prefix tokens count a prompt's leading blocks that an earlier request
-    had.
+    columns: which column of a log is what, by the keys of `columns.NAMES`, where its names are not the common ones. A
+    log may lack max_tokens, class, window, tenant, images and cached tokens. Any file may be gzipped (name ending in
+    .gz). Rows are stable-sorted by arrival; the original offset is kept, and clock times start at 0. Prefix tokens
+    count a prompt's leading blocks that an earlier request had.
 
     Raises UserError, in one sentence naming the place, for a missing, empty, truncated or malformed file.
     """
-    path, chosen = _chosen(path, format)
-    rows, _ = chosen.read(path, seed)
+    path, chosen = _chosen(path, "log" if columns else format)
+    rows, _ = service_log.read_log(path, columns) if columns else chosen.read(path, seed)
     if np.isnan(rows["arrival_s"]).any():
         raise UserError(f"{path} has lengths but no arrival times; use it as a length model (kind: empirical) instead.")
     rows = rows[np.argsort(rows["arrival_s"], kind="stable")]
@@ -88,5 +92,6 @@ def _chosen(path: str | Path, name: str | None) -> tuple[Path, Format]:
             "and its blocks have 512 tokens, say so with workload.immediate.format=mooncake."
         )
     raise UserError(
-        f"{path} has columns {fields}, which no known format has; name them arrival_s, prompt_tokens, output_tokens."
+        f"{path} has columns {fields}, in which no known format has its lengths; name them in workload.columns, as in "
+        "'{arrival: NAME, prompt_tokens: NAME, output_tokens: NAME}'."
     )

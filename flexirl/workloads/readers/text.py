@@ -79,7 +79,10 @@ class Csv:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lines = lines_of(path)
-        self.names = next(csv.reader([self.lines[0]]))
+        header = self.lines[0]
+        # The likeliest of the signs that stand between columns.
+        self.delimiter = max(",;\t", key=header.count)
+        self.names = [name.strip() for name in next(csv.reader([header], delimiter=self.delimiter))]
         if not any(line.strip() for line in self.lines[1:]):
             raise UserError(f"{path} has a header line but no requests; a trace has at least one.")
 
@@ -92,17 +95,23 @@ class Csv:
     def numbers(self, *names: str) -> list[NDArray[np.float64]]:
         """The columns as float64 arrays; raises UserError, naming line and value, where one is not a number."""
         self.require(*names)
-        at = [self.names.index(name) for name in names]
         try:
-            table = np.loadtxt(self.lines, delimiter=",", skiprows=1, usecols=at, ndmin=2, comments=None, quotechar='"')
+            return self.plain_numbers(*names)
         except ValueError as error:
-            self._blame(at)
+            self._blame([self.names.index(name) for name in names])
             raise UserError(f"{self.path} is not a valid CSV file ({error}).") from None
+
+    def plain_numbers(self, *names: str) -> list[NDArray[np.float64]]:
+        """The columns, which are there, as float64 arrays; raises ValueError where one is not a number."""
+        at = [self.names.index(name) for name in names]
+        table = np.loadtxt(
+            self.lines, delimiter=self.delimiter, skiprows=1, usecols=at, ndmin=2, comments=None, quotechar='"'
+        )
         return [table[:, i] for i in range(len(names))]
 
     def _blame(self, columns: Sequence[int]) -> None:
         """Finds the first bad value the slow way, for the sake of the message."""
-        for line, row in self._rows():
+        for line, row in self.rows():
             for column in columns:
                 value = row[column] if column < len(row) else ""
                 try:
@@ -116,9 +125,10 @@ class Csv:
         """One column as text, with the numbers of the lines."""
         self.require(name)
         at = self.names.index(name)
-        return [(line, row[at] if at < len(row) else "") for line, row in self._rows()]
+        return [(line, row[at] if at < len(row) else "") for line, row in self.rows()]
 
-    def _rows(self) -> Iterator[tuple[int, list[str]]]:
+    def rows(self) -> Iterator[tuple[int, list[str]]]:
+        """The cells of every line that is not blank, and its number."""
         for line, text in enumerate(self.lines[1:], start=2):
             if text.strip():
-                yield line, next(csv.reader([text]))
+                yield line, next(csv.reader([text], delimiter=self.delimiter))

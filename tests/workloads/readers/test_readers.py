@@ -177,14 +177,14 @@ HEADER = "arrival_s,prompt_tokens,output_tokens\n"
         ("t.csv", "", "is empty"),
         ("t.csv", HEADER, "no requests"),
         ("t.csv", "a,b\n1,2\n", "no known format"),
-        ("t.csv", "arrival_s,prompt_tokens\n0,1\n", "no column output_tokens"),
+        ("t.csv", "arrival_s,prompt_tokens\n0,1\n", "name them in workload.columns"),
         ("t.csv", HEADER + "0,1,1\n1,x,1\n", "line 3, column prompt_tokens is 'x'"),
-        ("t.csv", HEADER + "0,1,1\n1,4\n", "line 3, column output_tokens is ''"),
+        ("t.csv", HEADER + "0,1,1\n1,4\n", "1 of 2 lines lack .* the first in line 3, column output_tokens"),
         ("t.csv", HEADER + "0,1,1\n1,-5,1\n", "request 2 has prompt_tokens=-5"),
         ("t.csv", HEADER + "0,1,1.5\n", "output_tokens=1.5.*whole number"),
-        ("t.csv", HEADER + "0,1,nan\n", "output_tokens=nan"),
+        ("t.csv", HEADER + "0,1,nan\n", "1 of 1 lines lack .* line 2, column output_tokens"),
         ("t.csv", HEADER + "-1,1,1\n", "arrives at -1 s"),
-        ("t.csv", HEADER + ",1,1\n", "line 2, column arrival_s is ''"),
+        ("t.csv", HEADER + ",1,1\n", "1 of 1 lines lack .* line 2, column arrival_s"),
         ("t.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,1\n", "not a date and time"),
         ("t.jsonl", '{"timestamp": 0, "input_length": 5}\n', "line 1 has output_length=None"),
         ("t.jsonl", "{oops\n", "line 1 is not JSON"),
@@ -206,7 +206,7 @@ def test_missing_truncated_and_unknown(tmp_path):
     (tmp_path / "t.csv.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="not a complete gzip file"):
         read_trace(tmp_path / "t.csv.gz")
-    with pytest.raises(UserError, match="not a trace format; choose from normalised"):
+    with pytest.raises(UserError, match="not a trace format; choose from azure"):
         read_trace(write(tmp_path / "t.csv", HEADER + "0,1,1\n"), format="parquet")
     with pytest.raises(UserError, match="folder without"):
         read_trace(tmp_path)
@@ -244,7 +244,7 @@ def test_every_format_is_recognised_by_itself_alone(traces):
     places = {
         "azure": folder / "azure23/AzureLLMInferenceTrace_conv.csv", "vidur": folder / "vidur/splitwise_conv.csv",
         "mooncake": folder / "mooncake/synthetic_trace.jsonl", "agentic": folder / "agentic_cc/traces",
-        "servegen": folder / "servegen/data/language/m-large", "normalised": traces / "azure23_conv.csv.gz",
+        "servegen": folder / "servegen/data/language/m-large", "log": traces / "azure23_conv.csv.gz",
     }  # fmt: skip
     for name, path in places.items():
         recognising = [format.name for format in FORMATS.values() if format.recognises(sample_of(path))]

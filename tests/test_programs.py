@@ -157,7 +157,7 @@ def test_policies_are_evaluated_on_the_same_arrivals(trained: Path, tmp_path: Pa
     [
         (("total_step=5",), "Could not override 'total_step'"),
         (("workload=trace", "workload.path=nowhere.csv"), "nowhere.csv does not exist"),
-        (("workload=trace", "workload.path=bad.csv"), "no column output_tokens"),
+        (("workload=trace", "workload.path=bad.csv"), "name them in workload.columns"),
         (("workload=trace", "workload.path=negative.csv"), "prompt_tokens"),
         (("policies=[fifo]",), "'fifo' is unknown; choose from"),
         (("engine=h999",), "Could not find 'engine/h999'"),

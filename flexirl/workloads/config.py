@@ -41,7 +41,7 @@ def from_config(config: Node) -> scenario.Scenario:
     if immediate.get("kind") == "synthetic":
         immediate["load"] = load
     elif immediate.get("kind") == "trace":
-        immediate |= {"load": load, "path": node.pop("path", None)}
+        immediate |= {"load": load, "path": node.pop("path", None), "columns": node.pop("columns", None)}
     node["immediate"] = immediate
     return _object(scenario.Scenario, "workload", node, _SCENARIO)
 
@@ -117,13 +117,15 @@ def _class(cls: type, nested: Mapping[str, Builder] | None = None) -> Builder:
 
 
 def _recorded(place: str, node: Any) -> scenario.Recorded:
-    node = {"format": None, "seed": 0, **_mapping(place, node)}
-    names = ("path", "load", "format", "seed")
+    node = {"format": None, "seed": 0, "columns": None, **_mapping(place, node)}
+    names = ("path", "load", "format", "seed", "columns")
     for name in node:
         if name not in names:
             raise UserError(f"{place}.{name} is not a parameter of a trace; choose from {', '.join(names)}.")
     if not isinstance(node.get("path"), str):
         raise UserError(f"workload.path={node.get('path')!r} should be the path of a trace file.")
+    if node["columns"] is not None:
+        node["columns"] = {what: str(name) for what, name in _mapping("workload.columns", node["columns"]).items()}
     return scenario.Recorded(**node)
 
 
@@ -161,6 +163,12 @@ _STREAM: dict[str, Builder] = {
     "lengths": partial(_of_kind, LENGTHS),
     "tenants": _class(scenario.Tenants),
 }
+
+
+def _deferred(place: str, node: Any) -> Any:
+    return _of_kind(DEFERRED, place, node)
+
+
 IMMEDIATE: dict[str, Builder] = {
     "synthetic": _class(scenario.Synthetic, _STREAM),
     "trace": _recorded,
@@ -170,6 +178,7 @@ DEFERRED: dict[str, Builder] = {
     "backlog": _class(scenario.Backlog, _STREAM),
     "batches": _class(scenario.Batches, _STREAM),
     "none": _class(scenario.NoDeferred),
+    "of_file": lambda place, node: _object(scenario.OfFile, place, node, {"otherwise": _deferred}),
 }
 
 _SCENARIO: dict[str, Builder] = {

@@ -7,7 +7,7 @@ What a row costs the engine is the engine's business; it is passed in as `servic
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from flexirl.workloads.arrivals import ArrivalProcess, Poisson
 from flexirl.workloads.lengths import LengthModel
 from flexirl.workloads.readers import read_trace
 from flexirl.workloads.slo import SLO
-from flexirl.workloads.trace import DEFERRED, Trace, empty_rows
+from flexirl.workloads.trace import DEFERRED, IMMEDIATE, Trace, empty_rows
 
 ServiceTime = Callable[[np.ndarray], NDArray[np.float64]]
 
@@ -185,16 +185,23 @@ class Synthetic:
 
 
 class Recorded:
-    """Immediate requests of a recorded trace, whole or a window at a random place.
+    """Requests of a recorded trace, whole or a window at a random place; whole where it is shorter than a window.
 
-    load: time is rescaled by one factor so that the service seconds of the WHOLE file over its rescaled length are
-    exactly this; None keeps the recorded times. Bursts stay bursts: a window's own load differs from it. The length of
-    a file is the time from its first to its last arrival plus one mean gap.
+    load: time is rescaled by one factor so that the service seconds of the immediate requests of the WHOLE file over
+    its rescaled length are exactly this; None keeps the recorded times. Bursts stay bursts: a window's own load differs
+    from it. The length of a file is the time from its first to its last arrival plus one mean gap.
     """
 
-    def __init__(self, path: str, load: float | None, format: str | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        path: str,
+        load: float | None,
+        format: str | None = None,
+        seed: int = 0,
+        columns: Mapping[str, str] | None = None,
+    ) -> None:
         _require(load is None or load > 0, "workload.load", load, "the load is positive; 1 is the engine's capacity")
-        self.trace = read_trace(path, format, seed)
+        self.trace = read_trace(path, format, seed, columns)
         self.load = load
         self.num_tenants = self.trace.num_tenants
         arrival_s = self.trace.rows["arrival_s"]
@@ -208,30 +215,35 @@ class Recorded:
         self._span_s = last * len(arrival_s) / (len(arrival_s) - 1) if last > 0 else 1.0
         self._demand = _PerServiceTime()
 
+    @property
+    def has_deferred(self) -> bool:
+        """True if any of its requests is deferred."""
+        return bool((self.trace.rows["request_class"] == DEFERRED).any())
+
+    def own_load(self, request_class: int, service_time_s: ServiceTime) -> float:
+        """Service seconds that the class's requests need for each second of the recorded times."""
+        return float(np.sum(service_time_s(self.trace.of_class(request_class)))) / self._span_s
+
     def time_factor(self, service_time_s: ServiceTime) -> float:
         """What recorded times are multiplied by."""
         if self.load is None:
             return 1.0
-        demand = self._demand.get(service_time_s, lambda: _positive(float(np.sum(service_time_s(self.trace.rows)))))
-        return demand / (self.load * self._span_s)
+        demand = self._demand.get(service_time_s, lambda: _positive(self.own_load(IMMEDIATE, service_time_s)))
+        return demand / self.load
 
     def length_s(self, duration_s: float | None, service_time_s: ServiceTime) -> float:
         """See `ImmediateStream.length_s`; the whole file's rescaled length where duration_s is None."""
-        return self.time_factor(service_time_s) * self._span_s if duration_s is None else duration_s
+        whole_s = self.time_factor(service_time_s) * self._span_s
+        return whole_s if duration_s is None else min(duration_s, whole_s)
 
     def draw(self, duration_s: float | None, service_time_s: ServiceTime, rngs: Rngs) -> np.ndarray:
-        """See `ImmediateStream.draw`; raises UserError where the file is shorter than the duration."""
+        """See `ImmediateStream.draw`; deferred requests of the file are among them."""
         factor = self.time_factor(service_time_s)
-        if duration_s is None:
+        room_s = -1.0 if duration_s is None else self._span_s * factor - duration_s
+        if duration_s is None or room_s < 0:
             rows = self.trace.rows.copy()
             rows["arrival_s"] = self._since_first_s * factor
             return rows
-        room_s = self._span_s * factor - duration_s
-        if room_s < 0:
-            raise UserError(
-                f"{self.trace.name} lasts {self._span_s * factor:.6g} s at load {self.load}, less than "
-                f"workload.duration_s={duration_s:g}; lower the duration or the load, or set workload.duration_s=null."
-            )
         start_s = rngs["arrivals"].random() * room_s
         first, end = np.searchsorted(self._since_first_s, [start_s / factor, (start_s + duration_s) / factor])
         rows = self.trace.rows[first:end].copy()
@@ -378,6 +390,22 @@ class Batches:
 
 
 @dataclass(frozen=True)
+class OfFile:
+    """The deferred requests of the recorded trace that the immediate ones are of; `otherwise`, if it has none."""
+
+    otherwise: DeferredStream
+
+    @property
+    def num_tenants(self) -> int:
+        """Tenants are numbered from 0 to one less."""
+        return self.otherwise.num_tenants
+
+    def draw(self, duration_s: float, service_time_s: ServiceTime, rngs: Rngs) -> np.ndarray:
+        """See `DeferredStream.draw`; those of a file come from it."""
+        return self.otherwise.draw(duration_s, service_time_s, rngs)
+
+
+@dataclass(frozen=True)
 class NoDeferred:
     """No deferred requests."""
 
@@ -414,6 +442,12 @@ class Scenario:
             "it is at least 0 and less than workload.duration_s",
         )  # fmt: skip
 
+    @property
+    def invents_deferred(self) -> bool:
+        """False if deferred requests are those of a recorded file."""
+        of_file = isinstance(self.immediate, Recorded) and self.immediate.has_deferred
+        return not (of_file and isinstance(self.deferred, OfFile))
+
     def length_s(self, service_time_s: ServiceTime) -> float:
         """Length of one draw in seconds, for this engine; raises UserError where the warm-up leaves nothing of it."""
         length_s = self.immediate.length_s(self.duration_s, service_time_s)
@@ -432,7 +466,9 @@ class Scenario:
         children = np.random.SeedSequence(seed).spawn(len(RANDOM_STREAMS))
         rngs = {name: np.random.default_rng(child) for name, child in zip(RANDOM_STREAMS, children, strict=True)}
 
-        immediate = self.immediate.draw(self.duration_s, service_time_s, rngs)
+        recorded = self.immediate.draw(self.duration_s, service_time_s, rngs)
+        of_file = recorded["request_class"] == DEFERRED
+        immediate = recorded[~of_file]
         tiers = self.slo_tiers or (Tier(1.0, slo.ttft_s, slo.tpot_s),)
         ends = np.cumsum([tier.share for tier in tiers])
         tier = np.searchsorted(ends / ends[-1], rngs["tiers"].random(len(immediate)), side="right")
@@ -442,8 +478,11 @@ class Scenario:
         immediate["window_s"] = np.array([tier.window_s for tier in tiers])[tier]
         self.predictor.fill(immediate, rngs["predictor"])
 
-        deferred = self.deferred.draw(self.length_s(service_time_s), service_time_s, rngs)
-        deferred["request_class"] = DEFERRED
+        if self.invents_deferred:
+            deferred = self.deferred.draw(self.length_s(service_time_s), service_time_s, rngs)
+            deferred["request_class"] = DEFERRED
+        else:
+            deferred = recorded[of_file]
         self.predictor.fill(deferred, rngs["deferred_predictor"])
 
         rows = np.concatenate([immediate, deferred])

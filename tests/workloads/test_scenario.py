@@ -134,11 +134,37 @@ def test_recorded_times_are_kept_without_a_load(tmp_path):
     assert draw(scenario).of_class(IMMEDIATE)["arrival_s"] == pytest.approx(recorded - recorded[0])
 
 
-def test_a_trace_that_is_too_short(tmp_path):
+def test_a_trace_that_is_shorter_than_its_windows_is_played_whole(tmp_path):
     path = write_trace(tmp_path / "t.csv")
     scenario = configured("workload=trace", f"workload.path={path}", "workload.duration_s=100000")
-    with pytest.raises(UserError, match=r"lasts .* less than workload.duration_s=100000"):
-        draw(scenario)
+    recorded = np.loadtxt(path, delimiter=",", skiprows=1)[:, 0]
+    assert draw(scenario).of_class(IMMEDIATE)["arrival_s"] == pytest.approx(recorded - recorded[0])
+    assert scenario.length_s(service_time_s) < 100000
+
+
+def test_deferred_requests_of_a_file_are_played_and_none_made_up(tmp_path):
+    path = tmp_path / "t.csv"
+    lines = [f"{i},100,10,{'batch,600' if i % 4 == 0 else 'chat,'}" for i in range(400)]
+    path.write_text("\n".join(["arrival_s,prompt_tokens,output_tokens,class,window_s", *lines]) + "\n")
+    whole = ("workload=trace", f"workload.path={path}", "workload.duration_s=null")
+    scenario = configured(*whole)
+    trace = draw(scenario)
+    deferred = trace.of_class(DEFERRED)
+    assert not scenario.invents_deferred and len(trace) == 400
+    assert deferred["arrival_s"].tolist() == list(range(0, 400, 4)) and (deferred["window_s"] == 600).all()
+    assert np.isinf(deferred["ttft_slo_s"]).all() and np.isfinite(trace.of_class(IMMEDIATE)["ttft_slo_s"]).all()
+    # The load is that of the immediate requests.
+    loaded = configured(*whole, "workload.load=0.5", "workload.warmup_s=0")
+    rows = draw(loaded).of_class(IMMEDIATE)
+    assert service_time_s(rows).sum() / loaded.length_s(service_time_s) == pytest.approx(0.5)
+    # Others take their place where they are asked for.
+    assert len(draw(configured(*whole, "workload/deferred=none"))) == 300
+    windows = draw(configured("workload=trace", f"workload.path={path}", "workload.duration_s=50"))
+    assert windows.duration_s < 50 and 10 <= len(windows.of_class(DEFERRED)) <= 14
+    # Without any in the file, a backlog is made up.
+    plain = write_trace(tmp_path / "plain.csv")
+    made_up = configured("workload=trace", f"workload.path={plain}", "workload.duration_s=null")
+    assert made_up.invents_deferred and len(draw(made_up).of_class(DEFERRED)) > 0
 
 
 def test_a_recorded_production_trace(traces):

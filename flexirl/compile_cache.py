@@ -76,8 +76,7 @@ class Sources:
         self._package = package
         self.changed = False  # a file was read anew, so compiled functions may have become stale
         self._known: dict[str, Source] = {}
-        self._fresh: dict[str, Source | None] = {}  # None: no module
-        self._stamps: dict[tuple[Any, ...], str] = {}  # each is asked for often
+        self._fresh: dict[str, Source] = {}
         try:
             document = json.loads(remembered.read_text())
             self._known = {name: Source(*fields) for name, fields in document.items()}
@@ -90,47 +89,41 @@ class Sources:
         later: also what they import when they run; compiled code takes in only what is there at its definition.
         without: modules that are left out, with what they alone import.
         """
-        asked = (names, later, tuple(without))
-        if asked not in self._stamps:
-            seen = sorted(self._seen(*names, later=later, without=without).items())
-            parts = [f"{name} {source.digest}" for name, source in seen]
-            self._stamps[asked] = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-        return self._stamps[asked]
+        parts = [
+            f"{name} {self._fresh[name].digest}" for name in sorted(self.modules(*names, later=later, without=without))
+        ]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def modules(self, *names: str, later: bool = False, without: Collection[str] = ()) -> set[str]:
         """The modules that `stamp` goes by."""
-        return set(self._seen(*names, later=later, without=without))
-
-    def _seen(self, *names: str, later: bool, without: Collection[str]) -> dict[str, Source]:
-        seen: dict[str, Source] = {}
+        seen: set[str] = set()
         open_ = list(names)
         while open_:
             name = open_.pop()
             if name not in seen and name not in without and (source := self._read(name)) is not None:
-                seen[name] = source
+                seen.add(name)
                 open_ += source.imports + (source.later if later else [])
         return seen
 
     def _read(self, module: str) -> Source | None:
         """The file of a module or package; None for names that are neither."""
-        if module not in self._fresh:
-            self._fresh[module] = self._look_up(module)
-        return self._fresh[module]
-
-    def _look_up(self, module: str) -> Source | None:
+        if module in self._fresh:
+            return self._fresh[module]
         place = self._package.parent / module.replace(".", "/")
         path = place / "__init__.py" if place.is_dir() else place.with_name(f"{place.name}.py")
         if not path.is_file():
             return None
         stat, known = path.stat(), self._known.get(module)
         if known is not None and (known.time_ns, known.size) == (stat.st_mtime_ns, stat.st_size):
-            return known
-        self.changed = True
-        self._known[module] = read_source(path, self._package)
-        self._remember()
-        return self._known[module]
+            self._fresh[module] = known
+        else:
+            self._fresh[module] = read_source(path, self._package)
+            self.changed = True
+            self._remember()
+        return self._fresh[module]
 
     def _remember(self) -> None:
+        self._known |= self._fresh
         try:
             self._remembered.parent.mkdir(parents=True, exist_ok=True)
             partly = self._remembered.with_suffix(f".{os.getpid()}")

@@ -30,8 +30,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from flexirl.benches.figures import Row, report
 from flexirl.envs.fleet import Fleet, Task
-from flexirl.envs.sb3 import BatchingVecEnv
-from flexirl.envs.vector import BatchingVectorEnv
+from flexirl.envs.vector import BatchingVecEnv, BatchingVectorEnv
 from flexirl.experiments.configuration import CONF, load_task
 from flexirl.policies.deploy.learned import load_policy
 from flexirl.policies.registry import PRETRAINED_FILE

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from omegaconf import OmegaConf
 
 import flexirl
@@ -152,7 +153,7 @@ def run_all(jobs: Sequence[Job], cache: Path, processes: int, progress: bool = T
     missing = {job.key: job for job in jobs if not _place(cache, job).is_file()}
     with progress_bar(len(jobs), " runs", progress, initial=len(jobs) - len(missing)) as bar:
         for job in _work_off(list(missing.values()), cache, processes):
-            bar.set_postfix_str(f"{job.cell.suite}: {job.policy}", refresh=False)
+            bar.set_postfix_str(f"{job.cell.suite}: {job.policy}")
             bar.update()
     return [json.loads(_place(cache, job).read_text()) for job in jobs]
 
@@ -171,6 +172,7 @@ def _work_off(jobs: list[Job], cache: Path, processes: int) -> Iterator[Job]:
 
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    torch.set_num_threads(1)
 
 
 def _run_into(cache: Path, job: Job) -> Job:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,13 +18,12 @@ from flexirl.policies.heuristics.base import tune
 from flexirl.policies.interface.policy import Policy
 from flexirl.policies.registry import make_policy
 from flexirl.progress import progress_bar
+from flexirl.runtime.live.executor import Executor
+from flexirl.runtime.live.run import run_live
 from flexirl.runtime.profile.capacity import in_words, shares_lost
 from flexirl.runtime.profile.pace import at_pace
 from flexirl.runtime.simulator.simulation import Run, simulate
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE, Trace
-
-if TYPE_CHECKING:
-    from flexirl.runtime.live.executor import Executor
 
 ANCHORS = ("immediate_only", "deferred_only")
 
@@ -59,7 +58,6 @@ def on_surrogate_at(pace: float) -> Runner:
 
 def on_live(executor: Executor) -> Runner:
     """Runs on a live engine with this executor."""
-    from flexirl.runtime.live.run import run_live  # PyTorch takes seconds to import
 
     def run(policy: Policy, task: Task, trace: Trace, seed: int) -> Run:
         return run_live(
@@ -99,7 +97,7 @@ def compare(
     first_runs: dict[str, Run] = {}
     with progress_bar(len(policies) * seeds, " runs", progress, desc="comparing", leave=False) as bar:
         for policy in policies:
-            bar.set_postfix_str(policy.name, refresh=False)
+            bar.set_postfix_str(policy.name)
             ready = tune(policy, TuningEpisodes(tuning_task or task, base_seed), task.slo, base_seed)
             for i, trace in enumerate(traces):
                 run = run_policy(ready, task, trace, i, runner)

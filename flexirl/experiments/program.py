@@ -1,15 +1,11 @@
-"""What every program shares: Hydra configuration in; one sentence and exit code 2 where the user is wrong.
-
-A program's libraries take seconds to import. What it does is imported once its configuration has been composed, so that
-help, and most of what can be wrong with a command line, comes at once.
-"""
+"""What every program shares: Hydra configuration in; one sentence and exit code 2 where the user is wrong."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import hydra
@@ -25,11 +21,8 @@ from flexirl.experiments.renamed import check_names_of_settings
 _CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
-def run_program(name: str, config_name: str | None = None) -> None:
-    """Runs `flexirl.programs.<name>` on the command line's overrides of its configuration.
-
-    config_name: of the file in conf/, if it is not `name`.
-    """
+def run_program(config_name: str, body: Callable[[DictConfig], object]) -> None:
+    """Runs `body` on the configuration `conf/<config_name>.yaml` with the command line's overrides."""
     sweep = any(argument in ("-m", "--multirun") for argument in sys.argv)
     sys.argv[1:] = [part for argument in sys.argv[1:] for part in spelled_out(argument, sweep)]
     # Hydra then raises what it would print, so that it can be said in a sentence.
@@ -39,14 +32,14 @@ def run_program(name: str, config_name: str | None = None) -> None:
 
     def guarded(config: DictConfig) -> object:
         try:
-            return importlib.import_module(f"flexirl.programs.{name}").run(config)
+            return body(config)
         except (UserError, HydraException, OmegaConfBaseException) as error:
             failed.append((_place() if sweep else "") + _sentence(error))
             return None
 
     try:
         check_names_of_settings(sys.argv[1:])
-        hydra.main(version_base="1.3", config_path=str(_CONF), config_name=config_name or name)(guarded)()
+        hydra.main(version_base="1.3", config_path=str(_CONF), config_name=config_name)(guarded)()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         failed.append(_sentence(error))
     except KeyboardInterrupt:

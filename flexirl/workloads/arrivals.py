@@ -13,8 +13,8 @@ from functools import lru_cache
 from typing import Literal, Protocol, get_args
 
 import numpy as np
-import scipy  # whose parts load when they are first used
 from numpy.typing import NDArray
+from scipy import special, stats
 
 from flexirl.errors import UserError
 
@@ -93,12 +93,12 @@ class Weibull:
     def cv(self) -> float:
         """Coefficient of variation of the gaps."""
         # Logarithms, because the gamma function overflows below a shape of about 0.01.
-        log_ratio = scipy.special.gammaln(1 + 2 / self.shape) - 2 * scipy.special.gammaln(1 + 1 / self.shape)
+        log_ratio = special.gammaln(1 + 2 / self.shape) - 2 * special.gammaln(1 + 1 / self.shape)
         return math.sqrt(math.expm1(log_ratio))
 
     def draw(self, rate_per_s: float, duration_s: float, rng: np.random.Generator) -> Times:
         """See `ArrivalProcess.draw`."""
-        mean = scipy.special.gamma(1 + 1 / self.shape)
+        mean = special.gamma(1 + 1 / self.shape)
         # Length-biased Weibull: (x / scale)^shape is Gamma(1 + 1/shape).
         first = rng.gamma(1 + 1 / self.shape) ** (1 / self.shape) / mean * rng.random()
         return _renewal(lambda n: rng.weibull(self.shape, n) / mean, first, rate_per_s, duration_s)
@@ -245,8 +245,8 @@ class Spread:
             case "uniform":
                 return rng.random(count) * (1 - self.skew)
             case "gaussian":
-                low, high = scipy.special.ndtr(-0.5 / self.skew), scipy.special.ndtr(0.5 / self.skew)
-                at = 0.5 + self.skew * scipy.special.ndtri(low + (high - low) * rng.random(count))
+                low, high = special.ndtr(-0.5 / self.skew), special.ndtr(0.5 / self.skew)
+                at = 0.5 + self.skew * special.ndtri(low + (high - low) * rng.random(count))
                 return _inside(np.maximum(at, 0.0), 1.0)
             case "inverse_gaussian":
                 return _accept(lambda n: rng.wald(0.5, 0.5 / self.skew**2, n), count)
@@ -269,11 +269,11 @@ def _segment_sizes(distribution: DistributionName, skew: float, segments: int) -
         case "uniform":
             sizes = 1 - skew + 2 * skew * at
         case "poisson":
-            sizes = scipy.stats.poisson.ppf(at, skew**-2)
+            sizes = stats.poisson.ppf(at, skew**-2)
         case "gaussian":
-            sizes = scipy.stats.truncnorm.ppf(at, -1 / skew, np.inf, loc=1, scale=skew)
+            sizes = stats.truncnorm.ppf(at, -1 / skew, np.inf, loc=1, scale=skew)
         case "inverse_gaussian":
-            sizes = scipy.stats.invgauss.ppf(at, skew**2, scale=skew**-2)
+            sizes = stats.invgauss.ppf(at, skew**2, scale=skew**-2)
         case "zipf":
             sizes = np.arange(1, segments + 1, dtype=np.float64) ** -float(skew)
     if not sizes.sum() > 0:  # too few segments for so sparse a distribution: every quantile is 0

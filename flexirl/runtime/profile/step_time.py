@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy  # whose parts load when they are first used
 from numba import njit
+from scipy.optimize import nnls
 
 from flexirl.errors import UserError
 
@@ -207,7 +207,7 @@ def fit(features: np.ndarray, times_s: np.ndarray, seed: int = 0, weights: np.nd
     length = np.linalg.norm(relative, axis=0)
     used = length > 0
     solution = np.zeros(len(COEFFICIENTS))
-    solution[used] = scipy.optimize.nnls(relative[:, used] / length[used], root)[0] / length[used]
+    solution[used] = nnls(relative[:, used] / length[used], root)[0] / length[used]
     actual = times_s[held_out]
     predicted = columns[held_out] @ solution
     error = np.abs(predicted / actual - 1)

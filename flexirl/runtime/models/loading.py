@@ -1,7 +1,6 @@
 """Loads a model from a local Hugging Face folder, or says in one sentence why it cannot be run.
 
-Nothing is downloaded, unpickled or executed from the folder. A model is not trusted to be what its configuration says:
-before it is used, it must give the same logits with paged attention as with Transformers' own.
+Nothing is downloaded, unpickled or executed from the folder.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,27 +26,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from flexirl.errors import UserError
-from flexirl.runtime.kernels import plan_attention
-from flexirl.runtime.models.attention import NAME, PagedIteration, Rotation, Unsupported
-from flexirl.runtime.models.fusing import fuse
+from flexirl.runtime.models.attention import Unsupported
 from flexirl.runtime.models.image_files import ImageFiles
 from flexirl.runtime.models.tiny import SHAPES, tiny_model
+from flexirl.runtime.models.trial import TOLERANCE, Geometry, try_out
 from flexirl.runtime.models.vision import FAMILIES, Vision
-from flexirl.runtime.scheduler.kv_cache import blocks_for
-
-_PROBE_TOKENS, _PROBE_BLOCK, _PROBE_IMAGE = 40, 16, (17, 23)  # the image is cut by the end of the first iteration
-# Largest distance between two ways to compute the same logits, relative to their length.
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What the model's attention layers turned out to be."""
-
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
 
 
 @dataclass(frozen=True)
@@ -101,7 +83,7 @@ def load_model(
         model = _load(folder, config, where, wanted)
         tokenizer = _tokenizer(folder)
         fused = where.type == "cuda" if fused is None else fused
-        vision, geometry, vocab_size = _probe(model, folder, fused)
+        vision, geometry, vocab_size = _try(model, folder, fused)
         has_processor = (folder / "preprocessor_config.json").is_file()
         image_files = ImageFiles(folder, vision) if vision is not None and has_processor else None
     text_config = config.get_text_config()
@@ -144,7 +126,7 @@ def _device(name: str) -> torch.device:
 
 
 def _dtype(name: str) -> torch.dtype:
-    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in _TOLERANCE}
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
     if name not in dtypes:
         raise UserError(f"dtype={name} is not known; choose from {', '.join(dtypes)}.")
     return dtypes[name]
@@ -253,127 +235,14 @@ def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(token for token in tokens if token is not None))
 
 
-def _probe(model: PreTrainedModel, folder: Path, fused: bool) -> tuple[Vision | None, Geometry, int]:
-    """Puts our attention into the model and checks it against the model's own; returns what the layers are.
-
-    fused: the fused kernels too, as far as they give the same.
-    """
+def _try(model: PreTrainedModel, folder: Path, fused: bool) -> tuple[Vision | None, Geometry, int]:
+    """See `try_out`; raises UserError in place of anything else."""
     try:
-        vision = Vision(model) if model.config.model_type in FAMILIES else None
-        trials = [_Trial(model), *([] if vision is None else [_Trial(model, vision)])]
-        # The vision encoder keeps its own attention, which is not over a cache.
-        model.set_attn_implementation(NAME if vision is None else {"text_config": NAME})
-        geometry = _geometry(model, trials[0].tokens)
-        distances = [trial.distance(model, geometry) for trial in trials]
+        return try_out(model, fused)
     except Unsupported as reason:
         raise _refusal(folder, str(reason)) from None
     except Exception as error:
         raise _refusal(folder, f"a trial run failed with {type(error).__name__}: {_first_line(error)}") from None
-    for distance, beside in zip(distances, ("", " and an image"), strict=False):
-        if not distance <= _TOLERANCE[model.dtype]:
-            raise _refusal(
-                folder, f"with paged attention{beside} its logits are {distance:.1%} off, so its attention is not plain"
-            )
-
-    def agrees() -> bool:
-        try:
-            return all(trial.distance(model, geometry) <= _TOLERANCE[model.dtype] for trial in trials)
-        except Exception:  # whatever a replaced module is called with, the model runs without it too
-            return False
-
-    if fused:
-        fuse(model, agrees)
-    return vision, geometry, trials[0].expected.shape[-1]
-
-
-class _Trial:
-    """A sequence of tokens, with an image if `vision` is given, and what the model as it is loaded says to it."""
-
-    def __init__(self, model: PreTrainedModel, vision: Vision | None = None) -> None:
-        self.tokens = torch.arange(7, 7 + _PROBE_TOKENS, device=model.device)
-        self._vision = vision
-        inputs: dict[str, Tensor] = {}
-        if vision is not None:
-            begin, end = _PROBE_IMAGE
-            self.tokens[begin:end] = vision.image_token
-            self._image = vision.draw(end - begin, np.random.default_rng(0))
-            inputs = {
-                "pixel_values": torch.as_tensor(self._image.pixels).to(model.device, model.dtype),
-                "image_grid_thw": torch.tensor([self._image.grid], device=model.device),
-                "mm_token_type_ids": (self.tokens[None] == vision.image_token).int(),
-            }
-        self.expected: Tensor = model(input_ids=self.tokens[None], use_cache=False, **inputs).logits[0]
-
-    def distance(self, model: PreTrainedModel, geometry: Geometry) -> float:
-        """How far from that the logits with paged attention are, relative to their length."""
-        positions = torch.arange(_PROBE_TOKENS, device=model.device)[None]
-        name, inputs = "input_ids", self.tokens
-        if self._vision is not None:
-            name, inputs = "inputs_embeds", model.get_input_embeddings()(self.tokens)
-            (inputs[slice(*_PROBE_IMAGE)],) = self._vision.encode([self._image])
-            placed = self._vision.positions(self.tokens.tolist(), [self._image])
-            positions = torch.from_numpy(placed[:, None]).to(model.device)
-        logits = _paged_logits(model, {name: inputs[None]}, positions, geometry)
-        return float((logits - self.expected).float().norm() / self.expected.float().norm())
-
-
-def _geometry(model: PreTrainedModel, tokens: Tensor) -> Geometry:
-    """Runs the model with an attention that only looks on; raises Unsupported for layers that cannot be served."""
-    config = model.config.get_text_config()
-    seen: dict[int, tuple[Any, ...]] = {}
-
-    def look(
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        sliding_window: int | None,
-        softcap: float | None,
-        rotation: Rotation | None,
-    ) -> Tensor:
-        if key.shape != value.shape:
-            raise Unsupported("keys and values differ in size, as in multi-head latent attention")
-        seen[layer] = (query.shape[1], key.shape[1], key.shape[2], sliding_window)
-        return query
-
-    model(input_ids=tokens[None], position_ids=torch.arange(len(tokens), device=tokens.device)[None], use_cache=False,
-          paged=look)  # fmt: skip
-    layers = config.num_hidden_layers
-    if not seen:
-        raise Unsupported("its attention does not go through Transformers' attention interface")
-    if sorted(seen) != list(range(layers)):
-        raise Unsupported(f"{layers - len(seen)} of its {layers} layers do not attend (linear attention, state spaces)")
-    if len({shape[:3] for shape in seen.values()}) > 1:
-        raise Unsupported("its layers differ in heads or head size")
-    window = getattr(config, "sliding_window", None)
-    for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
-        # The trial is shorter than most windows, so it would not notice one that is not passed on.
-        if kind == "sliding_attention" and seen[layer][3] != window:
-            raise Unsupported("its sliding window is not passed to the attention function")
-    heads, kv_heads, head_dim, _ = seen[0]
-    return Geometry(layers, heads, kv_heads, head_dim)
-
-
-def _paged_logits(model: PreTrainedModel, inputs: dict[str, Tensor], positions: Tensor, geometry: Geometry) -> Tensor:
-    """Logits computed in two iterations over a paged cache; inputs: by name, (1, T, ...); positions: (..., T)."""
-    blocks = blocks_for(_PROBE_TOKENS, _PROBE_BLOCK)
-    cache = torch.zeros(
-        (2 * geometry.layers, blocks, _PROBE_BLOCK, geometry.kv_heads, geometry.head_dim),
-        dtype=model.dtype, device=model.device,
-    )  # fmt: skip
-    logits = []
-    for start, end in ((0, _PROBE_TOKENS // 2 + 1), (_PROBE_TOKENS // 2 + 1, _PROBE_TOKENS)):
-        slots = torch.arange(start, end, device=model.device)
-        batch = plan_attention(
-            np.array([end - start]), np.array([end]), np.arange(blocks, dtype=np.int32)[None], model.device,
-            num_heads=geometry.heads, num_kv_heads=geometry.kv_heads, block_size=_PROBE_BLOCK,
-        )  # fmt: skip
-        paged = PagedIteration(cache, slots, batch)
-        some = {name: tensor[:, start:end] for name, tensor in inputs.items()}
-        ran = model(**some, position_ids=positions[..., start:end], use_cache=False, paged=paged)
-        logits.append(ran.logits[0])
-    return torch.cat(logits)
 
 
 def _refusal(folder: Path, reason: str) -> UserError:

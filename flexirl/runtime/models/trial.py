@@ -47,6 +47,7 @@ def try_out(model: PreTrainedModel, fused: bool) -> tuple[Vision | None, Geometr
     fused: the fused kernels too, as far as they give the same. Raises Unsupported for a model that cannot be served.
     """
     vision = Vision(model) if model.config.model_type in FAMILIES else None
+    dtype = model.dtype
     own, ours = model.config.get_text_config()._attn_implementation or "eager", NAME
 
     def attend_by(name: str) -> None:
@@ -57,16 +58,16 @@ def try_out(model: PreTrainedModel, fused: bool) -> tuple[Vision | None, Geometr
     attend_by(ours)
     geometry = _geometry(model, trials[0].tokens)
     for trial, beside in zip(trials, ("", " and an image"), strict=False):
-        _check(trial.distance(model, geometry), model.dtype, beside)
+        _check(trial.distance(model, geometry, dtype), dtype, beside)
     with _shortened(model), _in_float32(model):
         attend_by(own)
         exact = _Trial(model)
         attend_by(ours)
-        _check(exact.distance(model, geometry), torch.float32, "")
+        _check(exact.distance(model, geometry, torch.float32), torch.float32, "")
 
     def agrees() -> bool:
         try:
-            return all(trial.distance(model, geometry) <= TOLERANCE[model.dtype] for trial in trials)
+            return all(trial.distance(model, geometry, dtype) <= TOLERANCE[dtype] for trial in trials)
         except Exception:  # whatever a replaced module is called with, the model runs without it too
             return False
 
@@ -100,8 +101,8 @@ class _Trial:
             }
         self.expected: Tensor = model(input_ids=self.tokens[None], use_cache=False, **inputs).logits[0]
 
-    def distance(self, model: PreTrainedModel, geometry: Geometry) -> float:
-        """How far from that the logits with paged attention are, relative to their length."""
+    def distance(self, model: PreTrainedModel, geometry: Geometry, dtype: torch.dtype) -> float:
+        """How far from that the logits with paged attention are, relative to their length; dtype: the cache's."""
         positions = torch.arange(_TOKENS, device=model.device)[None]
         name, inputs = "input_ids", self.tokens
         if self._vision is not None:
@@ -109,7 +110,7 @@ class _Trial:
             (inputs[slice(*_IMAGE)],) = self._vision.encode([self._image])
             placed = self._vision.positions(self.tokens.tolist(), [self._image])
             positions = torch.from_numpy(placed[:, None]).to(model.device)
-        logits = _paged_logits(model, {name: inputs[None]}, positions, geometry, self.expected.dtype)
+        logits = _paged_logits(model, {name: inputs[None]}, positions, geometry, dtype)
         return float((logits - self.expected).float().norm() / self.expected.float().norm())
 
 

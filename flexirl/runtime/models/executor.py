@@ -14,7 +14,7 @@ from flexirl.errors import UserError
 from flexirl.runtime.kernels import AttentionBatch, plan_attention
 from flexirl.runtime.live.executor import Batch, Interrupted, Moves, Outcome, OutOfMemory
 from flexirl.runtime.live.requests import Image, Request
-from flexirl.runtime.live.sampling import Logprobs, choose, likeliest, log_probabilities
+from flexirl.runtime.live.sampling import Logprobs, choose, likeliest, log_probabilities, penalise
 from flexirl.runtime.models.attention import PagedIteration
 from flexirl.runtime.models.decode_graphs import Capture, DecodeGraphs, capture_graph
 from flexirl.runtime.models.host_cache import HostCache
@@ -130,11 +130,14 @@ class ModelExecutor:
                 logits = self._forward(tokens, positions, sampled_rows, paged, pictured)
                 del paged
             forward_s = time.perf_counter() - began
+            wanted = len(batch.sampled_rows), self.vocab_size
+            if logits.shape != wanted:
+                raise RuntimeError(f"the model gave logits of shape {tuple(logits.shape)} where {wanted} was asked for")
             logprobs: dict[int, Logprobs] = {}
             if sampling is None:
                 chosen = likeliest(logits)
             else:
-                chosen = choose(logits, sampling, batch.draws)
+                chosen = choose(penalise(logits, batch.histories), sampling, batch.draws)
                 logprobs = log_probabilities(logits, chosen, sampling)
             if self._cache.is_cuda:  # the model was only launched above
                 forward_s = time.perf_counter() - began

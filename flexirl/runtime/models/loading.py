@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from flexirl.errors import UserError
+from flexirl.runtime.live.sampling import Sampling
 from flexirl.runtime.models.attention import Unsupported
+from flexirl.runtime.models.generation import default_sampling, end_tokens
 from flexirl.runtime.models.image_files import ImageFiles
 from flexirl.runtime.models.tiny import SHAPES, tiny_model
-from flexirl.runtime.models.trial import TOLERANCE, Geometry, try_out
+from flexirl.runtime.models.trial import TOLERANCE, Geometry, first_line, try_out
 from flexirl.runtime.models.vision import FAMILIES, Vision
 
 
@@ -37,9 +39,10 @@ from flexirl.runtime.models.vision import FAMILIES, Vision
 class LoadedModel:
     """A model ready to run with paged attention.
 
-    max_len: longest sequence it was made for; end_tokens: those that end an output; tokenizer: None if the folder has
-    none, so that only token numbers can be used; vision: None for a model of text alone; image_files: None also without
-    an image processor in the folder, so that only prepared images can be used.
+    max_len: longest sequence it was made for; end_tokens: those that end an output; sampling: how requests sample that
+    do not say; tokenizer: None if the folder has none, so that only token numbers can be used; vision: None for a model
+    of text alone; image_files: None also without an image processor in the folder, so that only prepared images can be
+    used.
     """
 
     name: str
@@ -49,6 +52,7 @@ class LoadedModel:
     vocab_size: int
     max_len: int
     end_tokens: tuple[int, ...]
+    sampling: Sampling = field(default_factory=Sampling)
     vision: Vision | None = None
     image_files: ImageFiles | None = None
 
@@ -83,7 +87,16 @@ def load_model(
         model = _load(folder, config, where, wanted)
         tokenizer = _tokenizer(folder)
         fused = where.type == "cuda" if fused is None else fused
-        vision, geometry, vocab_size = _try(model, folder, fused)
+        try:
+            vision, geometry, vocab_size = try_out(model, fused)
+            sampling = default_sampling(model.generation_config, vocab_size)
+            ends = end_tokens(model.generation_config, tokenizer, vocab_size)
+        except (Unsupported, UserError) as reason:
+            raise _refusal(folder, str(reason)) from None
+        except Exception as error:
+            raise _refusal(
+                folder, f"with paged attention its code fails ({type(error).__name__}: {first_line(error)})"
+            ) from None
         has_processor = (folder / "preprocessor_config.json").is_file()
         image_files = ImageFiles(folder, vision) if vision is not None and has_processor else None
     text_config = config.get_text_config()
@@ -94,7 +107,8 @@ def load_model(
         geometry=geometry,
         vocab_size=vocab_size,
         max_len=int(getattr(text_config, "max_position_embeddings", None) or np.iinfo(np.int32).max),
-        end_tokens=_end_tokens(model, tokenizer),
+        end_tokens=ends,
+        sampling=sampling,
         vision=vision,
         image_files=image_files,
     )
@@ -137,7 +151,7 @@ def _config(folder: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"Model {folder} has no usable config.json: {_first_line(error)}") from None
+        raise UserError(f"Model {folder} has no usable config.json: {first_line(error)}") from None
     text = config.get_text_config()
     ropes = getattr(text, "rope_parameters", None) or {}
     rope_types = {rope.get("rope_type") for rope in (ropes, *ropes.values()) if isinstance(rope, dict)}
@@ -181,7 +195,7 @@ def _check_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> No
                 for name in tensors.keys():
                     parameters += int(np.prod(tensors.get_slice(name).get_shape()))
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is not a readable safetensors file: {_first_line(error)}") from None
+            raise UserError(f"{file} is not a readable safetensors file: {first_line(error)}") from None
     needed, there = parameters * dtype.itemsize, total_memory(device)
     if needed > there:
         raise UserError(
@@ -215,7 +229,7 @@ def _load(folder: Path, config: PretrainedConfig, device: torch.device, dtype: t
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"Model {folder} cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"Model {folder} cannot be loaded: {first_line(error)}") from None
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -224,31 +238,8 @@ def _tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"Model {folder} has no usable tokenizer: {_first_line(error)}") from None
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
-    generation = getattr(model, "generation_config", None)
-    ends = getattr(generation, "eos_token_id", None)
-    tokens = set(ends if isinstance(ends, list) else [ends])
-    tokens.add(getattr(tokenizer, "eos_token_id", None))
-    return tuple(sorted(token for token in tokens if token is not None))
-
-
-def _try(model: PreTrainedModel, folder: Path, fused: bool) -> tuple[Vision | None, Geometry, int]:
-    """See `try_out`; raises UserError in place of anything else."""
-    try:
-        return try_out(model, fused)
-    except Unsupported as reason:
-        raise _refusal(folder, str(reason)) from None
-    except Exception as error:
-        raise _refusal(folder, f"a trial run failed with {type(error).__name__}: {_first_line(error)}") from None
+        raise UserError(f"Model {folder} has no usable tokenizer: {first_line(error)}") from None
 
 
 def _refusal(folder: Path, reason: str) -> UserError:
     return UserError(f"Model {folder} cannot be run: {reason.rstrip('.')}.")
-
-
-def _first_line(error: Exception) -> str:
-    line = str(error).strip().split("\n")[0][:200]
-    return line if line.endswith((".", "!", "?")) else f"{line}."

@@ -25,6 +25,8 @@ from flexirl.runtime.models.vision import FAMILIES, Vision
 from flexirl.runtime.scheduler.kv_cache import blocks_for
 
 _TOKENS, _BLOCK, _IMAGE = 40, 16, (17, 23)  # the image is cut by the end of the first iteration
+_SPLIT = 21  # where the second iteration begins
+_ROWS = [*range(0, _SPLIT, 2), *range(_SPLIT, _TOKENS, 2)]  # whose logits are asked for
 _SHORT = 7  # tokens to which lengths are shortened
 _LENGTHS = re.compile(r"window|attention_chunk|local_attention|floor|original_max_position")
 # Largest distance between two ways to compute the same logits, relative to their length.
@@ -99,7 +101,13 @@ class _Trial:
                 "image_grid_thw": torch.tensor([self._image.grid], device=model.device),
                 "mm_token_type_ids": (self.tokens[None] == vision.image_token).int(),
             }
-        self.expected: Tensor = model(input_ids=self.tokens[None], use_cache=False, **inputs).logits[0]
+        try:
+            self.expected: Tensor = model(input_ids=self.tokens[None], use_cache=False, **inputs).logits[0]
+        except Exception as error:
+            raise Unsupported(
+                "Transformers itself cannot run what its config.json describes "
+                f"({type(error).__name__}: {first_line(error)})"
+            ) from None
 
     def distance(self, model: PreTrainedModel, geometry: Geometry, dtype: torch.dtype) -> float:
         """How far from that the logits with paged attention are, relative to their length; dtype: the cache's."""
@@ -111,7 +119,8 @@ class _Trial:
             placed = self._vision.positions(self.tokens.tolist(), [self._image])
             positions = torch.from_numpy(placed[:, None]).to(model.device)
         logits = _paged_logits(model, {name: inputs[None]}, positions, geometry, dtype)
-        return float((logits - self.expected).float().norm() / self.expected.float().norm())
+        expected = self.expected[_ROWS]
+        return float((logits - expected).float().norm() / expected.float().norm())
 
 
 @contextmanager
@@ -220,6 +229,8 @@ def _geometry(model: PreTrainedModel, tokens: Tensor) -> Geometry:
     layers = model.config.get_text_config().num_hidden_layers
     if not seen:
         raise Unsupported("its attention does not go through Transformers' attention interface")
+    if len(seen) > layers:
+        raise Unsupported(f"{len(seen)} layers attend where its configuration has {layers}, as in encoder-decoders")
     if sorted(seen) != list(range(layers)):
         raise Unsupported(f"{layers - len(seen)} of its {layers} layers do not attend (linear attention, state spaces)")
     if len(set(seen.values())) > 1:
@@ -232,13 +243,16 @@ def _geometry(model: PreTrainedModel, tokens: Tensor) -> Geometry:
 def _paged_logits(
     model: PreTrainedModel, inputs: dict[str, Tensor], positions: Tensor, geometry: Geometry, dtype: torch.dtype
 ) -> Tensor:
-    """Logits computed in two iterations over a paged cache; inputs: by name, (1, T, ...); positions: (..., T)."""
+    """Logits computed in two iterations over a paged cache, those of _ROWS: (rows, vocabulary).
+
+    inputs: by name, (1, T, ...); positions: (..., T); dtype: the cache's.
+    """
     blocks = blocks_for(_TOKENS, _BLOCK)
     cache = torch.zeros(
         (2 * geometry.layers, blocks, _BLOCK, geometry.kv_heads, geometry.head_dim), dtype=dtype, device=model.device
     )
     logits = []
-    for start, end in ((0, _TOKENS // 2 + 1), (_TOKENS // 2 + 1, _TOKENS)):
+    for start, end in ((0, _SPLIT), (_SPLIT, _TOKENS)):
         slots = torch.arange(start, end, device=model.device)
         batch = plan_attention(
             np.array([end - start]), np.array([end]), np.arange(blocks, dtype=np.int32)[None], model.device,
@@ -246,6 +260,17 @@ def _paged_logits(
         )  # fmt: skip
         paged = PagedIteration(cache, slots, batch)
         some = {name: tensor[:, start:end] for name, tensor in inputs.items()}
-        ran = model(**some, position_ids=positions[..., start:end], use_cache=False, paged=paged)
+        kept = slots[::2] - start
+        ran = model(
+            **some, position_ids=positions[..., start:end], use_cache=False, logits_to_keep=kept, paged=paged
+        )  # fmt: skip
+        if len(ran.logits[0]) != len(kept):
+            raise Unsupported("it computes logits of other rows than it is asked for (logits_to_keep)")
         logits.append(ran.logits[0])
     return torch.cat(logits)
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of what an exception says, as a sentence."""
+    line = str(error).strip().split("\n")[0][:200]
+    return line if line.endswith((".", "!", "?")) else f"{line}."

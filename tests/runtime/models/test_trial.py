@@ -21,6 +21,11 @@ LLAMA4 = {**COMMON, "intermediate_size_mlp": 64, "num_local_experts": 2, "num_ex
           "layer_types": ["full_attention"] * 2}  # fmt: skip
 FALCON_H1 = {**COMMON, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1,
              "mamba_d_state": 8, "mamba_chunk_size": 8}  # fmt: skip
+WHISPER = {
+    **COMMON, "is_encoder_decoder": False, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "encoder_ffn_dim": 64,
+    "max_target_positions": 128,
+}  # fmt: skip
 SCALED = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 60}
 
 
@@ -42,6 +47,7 @@ def random_model(folder: Path, kind: str, settings: dict[str, Any]) -> Path:
          "its attention is not plain"),
         ("llama4_text", {**LLAMA4, "attn_temperature_tuning": True, "no_rope_layers": [1, 0]},
          "its attention is not plain"),
+        ("whisper", WHISPER, "logits of other rows than it is asked for"),
         ("falcon_h1", FALCON_H1, "something beside attention carries from token to token"),
     ],
 )  # fmt: skip

@@ -32,9 +32,18 @@ _HOST_BYTES = 4 << 30  # for swapped requests, unless told otherwise; vLLM's def
 
 
 class ModelExecutor:
-    """Runs a Transformers model; profile: see `fit_profile`, which makes one that fits the model and the memory."""
+    """Runs a Transformers model; profile: see `fit_profile`, which makes one that fits the model and the memory.
+
+    Raises UserError for a cache that does not fit, and for end tokens that the model cannot say.
+    """
 
     def __init__(self, model: LoadedModel, profile: EngineProfile) -> None:
+        for token in model.end_tokens:
+            if not 0 <= token < model.vocab_size:
+                raise UserError(
+                    f"Model {model.name} has eos_token_id {token}, which is not from 0 to {model.vocab_size - 1}; "
+                    "correct it in its config.json, generation_config.json or tokenizer."
+                )
         self.profile = profile
         self.vocab_size = model.vocab_size
         self.end_tokens = model.end_tokens

@@ -38,22 +38,22 @@ def default_sampling(generation: GenerationConfig | None, vocab_size: int) -> Sa
         fields["temperature"] = 1.0 if generation.temperature is None else generation.temperature
         fields["top_k"] = _TOP_K if generation.top_k is None else generation.top_k
     for name in ("suppress_tokens", "begin_suppress_tokens"):
-        check_tokens(name, fields[name], vocab_size)
+        for token in _listed(fields[name]):
+            if type(token) is not int or not 0 <= token < vocab_size:
+                raise Unsupported(
+                    f"its generation_config.json has {token!r} in {name}, which is not from 0 to {vocab_size - 1}"
+                )
     return Sampling.of({name: value for name, value in fields.items() if value is not None})
 
 
-def end_tokens(generation: GenerationConfig | None, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
-    """The tokens that end an output; raises Unsupported if there is something else among them."""
-    tokens: set[int] = set()
-    for ends in (getattr(generation, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)):
-        tokens |= check_tokens("eos_token_id", ends, vocab_size)
-    return tuple(sorted(tokens))
+def end_tokens(generation: GenerationConfig | None, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end an output, whether the model can say them or not; raises Unsupported for what is no token."""
+    ends = [token for source in (generation, tokenizer) for token in _listed(getattr(source, "eos_token_id", None))]
+    for token in ends:
+        if type(token) is not int:
+            raise Unsupported(f"its eos_token_id has {token!r} in it, which is no token's number")
+    return tuple(sorted(set(ends)))
 
 
-def check_tokens(name: str, tokens: Any, vocab_size: int) -> set[int]:
-    """These tokens, one or a list or None; raises Unsupported unless all are tokens of the vocabulary."""
-    listed = tokens if isinstance(tokens, list | tuple) else [] if tokens is None else [tokens]
-    for token in listed:
-        if type(token) is not int or not 0 <= token < vocab_size:
-            raise Unsupported(f"its {name} {token!r} is not from 0 to {vocab_size - 1}; correct it in its folder")
-    return set(listed)
+def _listed(tokens: Any) -> list[Any]:
+    return list(tokens) if isinstance(tokens, list | tuple) else [] if tokens is None else [tokens]

@@ -5,6 +5,7 @@ Nothing is downloaded, unpickled or executed from the folder.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,8 +90,8 @@ def load_model(
         fused = where.type == "cuda" if fused is None else fused
         try:
             vision, geometry, vocab_size = try_out(model, fused)
+            ends = end_tokens(model.generation_config, tokenizer)
             sampling = default_sampling(model.generation_config, vocab_size)
-            ends = end_tokens(model.generation_config, tokenizer, vocab_size)
         except (Unsupported, UserError) as reason:
             raise _refusal(folder, str(reason)) from None
         except Exception as error:
@@ -181,13 +182,13 @@ def _auto_class(config: PretrainedConfig) -> Any:
 
 
 def _check_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises UserError unless the folder has safetensors files that open and will fit."""
-    files = sorted(folder.glob("*.safetensors"))
+    """Raises UserError unless the safetensors files that will be loaded are there, open and will fit."""
+    files = _weight_files(folder)
     if not files:
         pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(kind))
         if pickled:
             raise UserError(f"Model {folder} has pickled weights ({pickled[0]}); convert them to safetensors first.")
-        raise UserError(f"Model {folder} has no weights; it needs safetensors files.")
+        raise UserError(f"Model {folder} has no weights; it needs model.safetensors or its index.")
     parameters = 0
     for file in files:
         try:
@@ -196,12 +197,29 @@ def _check_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> No
                     parameters += int(np.prod(tensors.get_slice(name).get_shape()))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is not a readable safetensors file: {first_line(error)}") from None
+        except (MemoryError, RuntimeError):  # of the system, which does not map it
+            raise UserError(
+                f"{file} has {file.stat().st_size / 2**30:.1f} GiB, more than this machine can map into its memory of "
+                f"{total_memory(torch.device('cpu')) / 2**30:.1f} GiB; use a smaller model."
+            ) from None
     needed, there = parameters * dtype.itemsize, total_memory(device)
     if needed > there:
         raise UserError(
             f"Model {folder} needs {needed / 2**30:.1f} GiB for its weights and {device.type} has "
             f"{there / 2**30:.1f} GiB; use a smaller model or a smaller dtype."
         )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that Transformers loads: one by its usual name, or else those of the index."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() or not index.is_file():
+        return [single] if single.is_file() else []
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        return sorted(folder / name for name in names)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index} is no index of safetensors files ({type(error).__name__}).") from None
 
 
 def total_memory(device: torch.device) -> int:

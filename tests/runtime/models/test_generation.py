@@ -69,11 +69,9 @@ def test_what_a_model_samples_with_is_what_requests_that_do_not_say_get(tmp_path
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"eos_token_id": 258}, "eos_token_id 258 is not from 0 to 257"),
-        ({"eos_token_id": -1}, "eos_token_id -1 is not from 0 to 257"),
-        ({"eos_token_id": [257, 300]}, "eos_token_id 300 is not from 0 to 257"),
-        ({"suppress_tokens": [-1]}, "suppress_tokens -1 is not from 0 to 257"),
-        ({"begin_suppress_tokens": [1000]}, "begin_suppress_tokens 1000 is not"),
+        ({"eos_token_id": [257, "x"]}, "'x' in it, which is no token's number"),
+        ({"suppress_tokens": [-1]}, r"has -1 in suppress_tokens, which is not from 0 to 257"),
+        ({"begin_suppress_tokens": [1000]}, "1000 in begin_suppress_tokens"),
         ({"repetition_penalty": -1.0}, "repetition_penalty"),
         ({"bad_words_ids": [[1]]}, r"bad_words_ids=\[\[1\]\], which is not supported"),
         ({"num_beams": 4}, "num_beams=4, which is not supported"),
@@ -88,7 +86,11 @@ def test_what_cannot_be_honoured_is_refused(tmp_path: Path, fields: dict[str, An
         model_with(tmp_path, **fields)
 
 
-def test_an_end_token_of_the_configuration_alone_is_checked_too(tmp_path: Path) -> None:
-    build({**FAMILIES["llama"], "eos_token_id": 300}, tmp_path, seed=1)
-    with pytest.raises(UserError, match="eos_token_id 300 is not from 0 to 257"):
-        load_model(tmp_path)
+@pytest.mark.parametrize("ends", [258, -1, [257, 300]])
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_an_end_that_is_no_token_is_refused_before_anything_runs(tmp_path: Path, ends: Any, file: str) -> None:
+    build({**FAMILIES["llama"], **({"eos_token_id": ends} if file == "config.json" else {})}, tmp_path, seed=1)
+    if file == "generation_config.json":
+        (tmp_path / file).write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(UserError, match=r"eos_token_id (258|-1|300), which is not from 0 to 257"):
+        CheckedExecutor(load_model(tmp_path))

@@ -88,16 +88,10 @@ def load_model(
         model = _load(folder, config, where, wanted)
         tokenizer = _tokenizer(folder)
         fused = where.type == "cuda" if fused is None else fused
-        try:
+        with _refusing(folder, where):
             vision, geometry, vocab_size = try_out(model, fused)
             ends = end_tokens(model.generation_config, tokenizer)
             sampling = default_sampling(model.generation_config, vocab_size)
-        except (Unsupported, UserError) as reason:
-            raise _refusal(folder, str(reason)) from None
-        except Exception as error:
-            raise _refusal(
-                folder, f"with paged attention its code fails ({type(error).__name__}: {first_line(error)})"
-            ) from None
         has_processor = (folder / "preprocessor_config.json").is_file()
         image_files = ImageFiles(folder, vision) if vision is not None and has_processor else None
     text_config = config.get_text_config()
@@ -126,6 +120,21 @@ def _quiet() -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(verbosity)
         transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _refusing(folder: Path, device: torch.device) -> Iterator[None]:
+    """Turns whatever a model that was loaded is then found to be, or to raise, into a sentence."""
+    try:
+        yield
+    except (Unsupported, UserError) as reason:
+        raise _refusal(folder, str(reason)) from None
+    except torch.OutOfMemoryError:
+        raise _too_large(folder, device) from None
+    except Exception as error:
+        raise _refusal(
+            folder, f"with paged attention its code fails ({type(error).__name__}: {first_line(error)})"
+        ) from None
 
 
 def _device(name: str) -> torch.device:
@@ -243,7 +252,7 @@ def _load(folder: Path, config: PretrainedConfig, device: torch.device, dtype: t
         ready: PreTrainedModel = model.to(device).eval().requires_grad_(False)
         return ready
     except torch.OutOfMemoryError:
-        raise UserError(f"Model {folder} does not fit into the memory of {device}; use a smaller one.") from None
+        raise _too_large(folder, device) from None
     except UserError:
         raise
     except Exception as error:
@@ -257,6 +266,10 @@ def _tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"Model {folder} has no usable tokenizer: {first_line(error)}") from None
+
+
+def _too_large(folder: Path, device: torch.device) -> UserError:
+    return UserError(f"Model {folder} does not fit into the memory of {device}; use a smaller one.")
 
 
 def _refusal(folder: Path, reason: str) -> UserError:

@@ -61,8 +61,8 @@ class CheckedExecutor(ModelExecutor):
         return super().execute(batch, sampling, ask)
 
 
-def generate_alone(model: LoadedModel, request: Request) -> list[int]:
-    """What Transformers generates with its own attention and cache."""
+def generate_alone(model: LoadedModel, request: Request, **options: Any) -> list[int]:
+    """What Transformers generates with its own attention and cache; options: of its `generate`."""
     own = model.model.config._attn_implementation
     model.model.set_attn_implementation("sdpa")
     with torch.inference_mode():
@@ -70,7 +70,7 @@ def generate_alone(model: LoadedModel, request: Request) -> list[int]:
         stop = {"eos_token_id": None} if request.sampling.ignore_eos else {}
         tokens = model.model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=request.max_tokens, do_sample=False,
-            pad_token_id=0, **stop,
+            pad_token_id=0, **stop, **options,
         )[0]  # fmt: skip
     model.model.set_attn_implementation(own)
     return tokens[len(request.prompt) :].tolist()

@@ -84,7 +84,7 @@ class PromptParser:
             raise UserError(f"max_tokens={_shown(limit)} is not a whole number.")
         if fields.get("top_k") == -1:  # vLLM's word for all tokens
             fields["top_k"] = 0
-        sampling = Sampling.of(fields)
+        sampling = Sampling.of(fields, self.model.sampling)
         return Request(request_id, tokens, limit, CLASSES[kind], sampling, listener=self.listener, images=images)
 
     def _prompt(self, fields: dict[str, Any]) -> tuple[list[int], list[Image]]:

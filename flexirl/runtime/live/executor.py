@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from flexirl.runtime.live.requests import Image, Request
-from flexirl.runtime.live.sampling import Logprobs
+from flexirl.runtime.live.sampling import History, Logprobs
 from flexirl.runtime.profile.engine import EngineProfile
 
 
@@ -24,7 +25,8 @@ class OutOfMemory(Exception):
 class Batch(NamedTuple):
     """An iteration's flattened batch: T tokens of N requests, S of which sample.
 
-    Views of memory that is filled anew for each iteration; an iteration of the same sizes comes as the same object.
+    Views of memory that is filled anew for each iteration; an iteration of the same sizes comes as the same object, but
+    for one with histories.
     """
 
     tokens: np.ndarray  # int64 (T,)
@@ -36,14 +38,34 @@ class Batch(NamedTuple):
     sampled_rows: np.ndarray  # int64 (S,): rows of the T tokens whose logits are wanted
     draws: np.ndarray  # float64 (S,), uniform in (0, 1)
     requests: np.ndarray  # int32 (N,): their places in the scheduler's table
+    histories: Mapping[int, History] = MappingProxyType({})  # of the rows of S whose logits are to be penalised
 
 
 class Outcome(NamedTuple):
-    """What an iteration yields: int64 (S,) tokens, the log-probabilities asked for by row, seconds in the model."""
+    """What an iteration yields: int64 (S,) tokens, the log-probabilities asked for by row, seconds in the model.
+
+    A token of -1: the model gave nothing that one could be chosen from.
+    """
 
     tokens: np.ndarray
     logprobs: dict[int, Logprobs]
     forward_s: float
+
+    def failed_rows(self, sampled: int, vocab_size: int) -> np.ndarray:
+        """The rows without a token, int64.
+
+        Raises RuntimeError for what compiled code, which checks nothing, must not see: other than S tokens of the
+        vocabulary.
+        """
+        tokens = self.tokens
+        if tokens.shape != (sampled,) or tokens.dtype != np.int64:
+            raise RuntimeError(f"{sampled} tokens were due and {tokens.shape} of {tokens.dtype} came")
+        if sampled == 0:
+            return tokens
+        least, largest = int(tokens.min()), int(tokens.max())
+        if not -1 <= least <= largest < vocab_size:
+            raise RuntimeError(f"tokens from {least} to {largest} came, of a vocabulary of {vocab_size}")
+        return np.flatnonzero(tokens < 0) if least < 0 else tokens[:0]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from flexirl.runtime.live.options import Options
 from flexirl.runtime.live.output import Output
 from flexirl.runtime.live.request_table import enter, leave
 from flexirl.runtime.live.requests import ERROR, Completion, Request
-from flexirl.runtime.live.sampling import SAMPLING
+from flexirl.runtime.live.sampling import SAMPLING, History
 from flexirl.runtime.live.text import special_tokens
 from flexirl.runtime.scheduler.intake import cancel
 from flexirl.runtime.scheduler.state import CANCELLED, EXPIRED, REJECTED, STATUS_NAMES
@@ -49,6 +49,7 @@ class Places:
         # The place that has been free for longest comes first, so that the accounts see what ended as long as they can.
         self.free = deque(range(options.max_requests))
         self._outputs: list[Output | None] = [None] * options.max_requests
+        self._penalised: set[int] = set()  # places of those whose tokens so far bear on their next
         self._state, self._table, self._arrays = arrays.state, arrays.table, arrays.requests
         self._executor, self._slo = executor, slo
         self._intake, self._delivery, self._guard = intake, delivery, guard
@@ -62,6 +63,17 @@ class Places:
         output = self._outputs[r]
         assert output is not None
         return output
+
+    def histories(self, sampled: np.ndarray) -> dict[int, History]:
+        """The requests whose logits are to be penalised, by the rows of `sampled`, places int32 (S,)."""
+        histories = {}
+        for i, r in enumerate(sampled.tolist()) if self._penalised else ():
+            if r in self._penalised:
+                sampling, generated = self.output(r).request.sampling, int(self._state.requests["generated"][r])
+                tokens = self._arrays.tokens[r, : self._state.requests["prompt_tokens"][r] + generated]
+                ends = () if sampling.ignore_eos else self._executor.end_tokens
+                histories[i] = History(sampling, tokens, generated, ends)
+        return histories
 
     # --------------------------------------------------------------------------------------------- beginnings
 
@@ -79,6 +91,8 @@ class Places:
         self._arrays.watched[r] = output.watched
         self.watched += output.watched
         self.particular += not request.sampling.plain
+        if request.sampling.penalised:
+            self._penalised.add(r)
         self._outputs[r] = output
         self.place_of[request.id] = r
         enter(self._state, r, row)
@@ -148,6 +162,7 @@ class Places:
         self._outputs[r] = None
         self.watched -= output.watched
         self.particular -= not output.request.sampling.plain
+        self._penalised.discard(r)
         self._table.swapped[r] = False
         leave(self._state, r)
         self._guard.call("executor", self._executor.forget, r)

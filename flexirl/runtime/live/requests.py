@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flexirl.errors import UserError
-from flexirl.runtime.live.sampling import Logprobs, Sampling
+from flexirl.runtime.live.sampling import TOKEN_LISTS, Logprobs, Sampling
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 STOP, LENGTH, ERROR = "stop", "length", "error"
@@ -92,7 +92,8 @@ class Request:
         """The prompt, int64; raises UserError if an engine with these limits cannot run the request."""
         self._check_kinds()
         prompt = self._numbers("prompt", self.prompt, vocab_size)
-        self._numbers("stop_token_ids", self.sampling.stop_token_ids, vocab_size)
+        for name in TOKEN_LISTS:
+            self._numbers(name, getattr(self.sampling, name), vocab_size)
         if len(prompt) == 0:
             raise UserError(f"Request {self.id} has an empty prompt; give at least one token.")
         if self.max_tokens < 1:

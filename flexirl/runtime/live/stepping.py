@@ -73,9 +73,13 @@ class Stepping:
         sampling = places.sampling[sampled] if places.particular else None
         may_stop = self._safepoints and not counts.urgent
         ids = [] if self._on_step is None else self._ids(counts)
+        batch, histories = self._batch(counts), places.histories(sampled)
+        if histories:
+            batch = batch._replace(histories=histories)
         prepared = self._clock.now_s()
         try:
-            outcome = self._executor.execute(self._batch(counts), sampling, self._interrupted if may_stop else None)
+            outcome = self._executor.execute(batch, sampling, self._interrupted if may_stop else None)
+            failed = outcome.failed_rows(counts.sampled, self._executor.vocab_size)
         except Interrupted:
             self.abandoned += 1
             self._abandon(began_s)
@@ -93,6 +97,14 @@ class Stepping:
             # It may have written keys and values, but only those of the requests in it.
             self._abandon(began_s)
             self._fail(flat.requests[: counts.requests].tolist(), error)
+            return True
+        if len(failed):  # the others compute their tokens once more, the same ones
+            self._abandon(began_s)
+            places.fail(
+                sampled[failed].tolist(),
+                "The model gave no number to choose a token by (NaN, or every token suppressed); "
+                "change the prompt or its sampling fields.",
+            )
             return True
         executed = self._clock.now_s()
         watched = np.flatnonzero(self._requests.watched[sampled]).tolist() if places.watched else []

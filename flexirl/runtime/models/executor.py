@@ -14,7 +14,7 @@ from flexirl.errors import UserError
 from flexirl.runtime.kernels import AttentionBatch, plan_attention
 from flexirl.runtime.live.executor import Batch, Interrupted, Moves, Outcome, OutOfMemory
 from flexirl.runtime.live.requests import Image, Request
-from flexirl.runtime.live.sampling import Logprobs, choose, likeliest, log_probabilities
+from flexirl.runtime.live.sampling import Logprobs, choose, likeliest, log_probabilities, penalise
 from flexirl.runtime.models.attention import PagedIteration
 from flexirl.runtime.models.decode_graphs import Capture, DecodeGraphs, capture_graph
 from flexirl.runtime.models.host_cache import HostCache
@@ -32,9 +32,18 @@ _HOST_BYTES = 4 << 30  # for swapped requests, unless told otherwise; vLLM's def
 
 
 class ModelExecutor:
-    """Runs a Transformers model; profile: see `fit_profile`, which makes one that fits the model and the memory."""
+    """Runs a Transformers model; profile: see `fit_profile`, which makes one that fits the model and the memory.
+
+    Raises UserError for a cache that does not fit, and for end tokens that the model cannot say.
+    """
 
     def __init__(self, model: LoadedModel, profile: EngineProfile) -> None:
+        for token in model.end_tokens:
+            if not 0 <= token < model.vocab_size:
+                raise UserError(
+                    f"Model {model.name} has eos_token_id {token}, which is not from 0 to {model.vocab_size - 1}; "
+                    "correct it in its config.json, generation_config.json or tokenizer."
+                )
         self.profile = profile
         self.vocab_size = model.vocab_size
         self.end_tokens = model.end_tokens
@@ -130,11 +139,14 @@ class ModelExecutor:
                 logits = self._forward(tokens, positions, sampled_rows, paged, pictured)
                 del paged
             forward_s = time.perf_counter() - began
+            wanted = len(batch.sampled_rows), self.vocab_size
+            if logits.shape != wanted:
+                raise RuntimeError(f"the model gave logits of shape {tuple(logits.shape)} where {wanted} was asked for")
             logprobs: dict[int, Logprobs] = {}
             if sampling is None:
                 chosen = likeliest(logits)
             else:
-                chosen = choose(logits, sampling, batch.draws)
+                chosen = choose(penalise(logits, batch.histories), sampling, batch.draws)
                 logprobs = log_probabilities(logits, chosen, sampling)
             if self._cache.is_cuda:  # the model was only launched above
                 forward_s = time.perf_counter() - began

@@ -1,22 +1,21 @@
 """Loads a model from a local Hugging Face folder, or says in one sentence why it cannot be run.
 
-Nothing is downloaded, unpickled or executed from the folder. A model is not trusted to be what its configuration says:
-before it is used, it must give the same logits with paged attention as with Transformers' own.
+Nothing is downloaded, unpickled or executed from the folder.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,36 +27,23 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from flexirl.errors import UserError
-from flexirl.runtime.kernels import plan_attention
-from flexirl.runtime.models.attention import NAME, PagedIteration, Rotation, Unsupported
-from flexirl.runtime.models.fusing import fuse
+from flexirl.runtime.live.sampling import Sampling
+from flexirl.runtime.models.attention import Unsupported
+from flexirl.runtime.models.generation import default_sampling, end_tokens
 from flexirl.runtime.models.image_files import ImageFiles
 from flexirl.runtime.models.tiny import SHAPES, tiny_model
+from flexirl.runtime.models.trial import TOLERANCE, Geometry, first_line, try_out
 from flexirl.runtime.models.vision import FAMILIES, Vision
-from flexirl.runtime.scheduler.kv_cache import blocks_for
-
-_PROBE_TOKENS, _PROBE_BLOCK, _PROBE_IMAGE = 40, 16, (17, 23)  # the image is cut by the end of the first iteration
-# Largest distance between two ways to compute the same logits, relative to their length.
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What the model's attention layers turned out to be."""
-
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
 
 
 @dataclass(frozen=True)
 class LoadedModel:
     """A model ready to run with paged attention.
 
-    max_len: longest sequence it was made for; end_tokens: those that end an output; tokenizer: None if the folder has
-    none, so that only token numbers can be used; vision: None for a model of text alone; image_files: None also without
-    an image processor in the folder, so that only prepared images can be used.
+    max_len: longest sequence it was made for; end_tokens: those that end an output; sampling: how requests sample that
+    do not say; tokenizer: None if the folder has none, so that only token numbers can be used; vision: None for a model
+    of text alone; image_files: None also without an image processor in the folder, so that only prepared images can be
+    used.
     """
 
     name: str
@@ -67,6 +53,7 @@ class LoadedModel:
     vocab_size: int
     max_len: int
     end_tokens: tuple[int, ...]
+    sampling: Sampling = field(default_factory=Sampling)
     vision: Vision | None = None
     image_files: ImageFiles | None = None
 
@@ -101,7 +88,10 @@ def load_model(
         model = _load(folder, config, where, wanted)
         tokenizer = _tokenizer(folder)
         fused = where.type == "cuda" if fused is None else fused
-        vision, geometry, vocab_size = _probe(model, folder, fused)
+        with _refusing(folder, where):
+            vision, geometry, vocab_size = try_out(model, fused)
+            ends = end_tokens(model.generation_config, tokenizer)
+            sampling = default_sampling(model.generation_config, vocab_size)
         has_processor = (folder / "preprocessor_config.json").is_file()
         image_files = ImageFiles(folder, vision) if vision is not None and has_processor else None
     text_config = config.get_text_config()
@@ -112,7 +102,8 @@ def load_model(
         geometry=geometry,
         vocab_size=vocab_size,
         max_len=int(getattr(text_config, "max_position_embeddings", None) or np.iinfo(np.int32).max),
-        end_tokens=_end_tokens(model, tokenizer),
+        end_tokens=ends,
+        sampling=sampling,
         vision=vision,
         image_files=image_files,
     )
@@ -131,6 +122,21 @@ def _quiet() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
+@contextmanager
+def _refusing(folder: Path, device: torch.device) -> Iterator[None]:
+    """Turns whatever a model that was loaded is then found to be, or to raise, into a sentence."""
+    try:
+        yield
+    except (Unsupported, UserError) as reason:
+        raise _refusal(folder, str(reason)) from None
+    except torch.OutOfMemoryError:
+        raise _too_large(folder, device) from None
+    except Exception as error:
+        raise _refusal(
+            folder, f"with paged attention its code fails ({type(error).__name__}: {first_line(error)})"
+        ) from None
+
+
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
@@ -144,7 +150,7 @@ def _device(name: str) -> torch.device:
 
 
 def _dtype(name: str) -> torch.dtype:
-    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in _TOLERANCE}
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
     if name not in dtypes:
         raise UserError(f"dtype={name} is not known; choose from {', '.join(dtypes)}.")
     return dtypes[name]
@@ -155,7 +161,7 @@ def _config(folder: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"Model {folder} has no usable config.json: {_first_line(error)}") from None
+        raise UserError(f"Model {folder} has no usable config.json: {first_line(error)}") from None
     text = config.get_text_config()
     ropes = getattr(text, "rope_parameters", None) or {}
     rope_types = {rope.get("rope_type") for rope in (ropes, *ropes.values()) if isinstance(rope, dict)}
@@ -185,13 +191,13 @@ def _auto_class(config: PretrainedConfig) -> Any:
 
 
 def _check_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises UserError unless the folder has safetensors files that open and will fit."""
-    files = sorted(folder.glob("*.safetensors"))
+    """Raises UserError unless the safetensors files that will be loaded are there, open and will fit."""
+    files = _weight_files(folder)
     if not files:
         pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(kind))
         if pickled:
             raise UserError(f"Model {folder} has pickled weights ({pickled[0]}); convert them to safetensors first.")
-        raise UserError(f"Model {folder} has no weights; it needs safetensors files.")
+        raise UserError(f"Model {folder} has no weights; it needs model.safetensors or its index.")
     parameters = 0
     for file in files:
         try:
@@ -199,13 +205,30 @@ def _check_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> No
                 for name in tensors.keys():
                     parameters += int(np.prod(tensors.get_slice(name).get_shape()))
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is not a readable safetensors file: {_first_line(error)}") from None
+            raise UserError(f"{file} is not a readable safetensors file: {first_line(error)}") from None
+        except (MemoryError, RuntimeError):  # of the system, which does not map it
+            raise UserError(
+                f"{file} has {file.stat().st_size / 2**30:.1f} GiB, more than this machine can map into its memory of "
+                f"{total_memory(torch.device('cpu')) / 2**30:.1f} GiB; use a smaller model."
+            ) from None
     needed, there = parameters * dtype.itemsize, total_memory(device)
     if needed > there:
         raise UserError(
             f"Model {folder} needs {needed / 2**30:.1f} GiB for its weights and {device.type} has "
             f"{there / 2**30:.1f} GiB; use a smaller model or a smaller dtype."
         )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that Transformers loads: one by its usual name, or else those of the index."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() or not index.is_file():
+        return [single] if single.is_file() else []
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        return sorted(folder / name for name in names)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index} is no index of safetensors files ({type(error).__name__}).") from None
 
 
 def total_memory(device: torch.device) -> int:
@@ -229,11 +252,11 @@ def _load(folder: Path, config: PretrainedConfig, device: torch.device, dtype: t
         ready: PreTrainedModel = model.to(device).eval().requires_grad_(False)
         return ready
     except torch.OutOfMemoryError:
-        raise UserError(f"Model {folder} does not fit into the memory of {device}; use a smaller one.") from None
+        raise _too_large(folder, device) from None
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"Model {folder} cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"Model {folder} cannot be loaded: {first_line(error)}") from None
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -242,144 +265,12 @@ def _tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"Model {folder} has no usable tokenizer: {_first_line(error)}") from None
+        raise UserError(f"Model {folder} has no usable tokenizer: {first_line(error)}") from None
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
-    generation = getattr(model, "generation_config", None)
-    ends = getattr(generation, "eos_token_id", None)
-    tokens = set(ends if isinstance(ends, list) else [ends])
-    tokens.add(getattr(tokenizer, "eos_token_id", None))
-    return tuple(sorted(token for token in tokens if token is not None))
-
-
-def _probe(model: PreTrainedModel, folder: Path, fused: bool) -> tuple[Vision | None, Geometry, int]:
-    """Puts our attention into the model and checks it against the model's own; returns what the layers are.
-
-    fused: the fused kernels too, as far as they give the same.
-    """
-    try:
-        vision = Vision(model) if model.config.model_type in FAMILIES else None
-        trials = [_Trial(model), *([] if vision is None else [_Trial(model, vision)])]
-        # The vision encoder keeps its own attention, which is not over a cache.
-        model.set_attn_implementation(NAME if vision is None else {"text_config": NAME})
-        geometry = _geometry(model, trials[0].tokens)
-        distances = [trial.distance(model, geometry) for trial in trials]
-    except Unsupported as reason:
-        raise _refusal(folder, str(reason)) from None
-    except Exception as error:
-        raise _refusal(folder, f"a trial run failed with {type(error).__name__}: {_first_line(error)}") from None
-    for distance, beside in zip(distances, ("", " and an image"), strict=False):
-        if not distance <= _TOLERANCE[model.dtype]:
-            raise _refusal(
-                folder, f"with paged attention{beside} its logits are {distance:.1%} off, so its attention is not plain"
-            )
-
-    def agrees() -> bool:
-        try:
-            return all(trial.distance(model, geometry) <= _TOLERANCE[model.dtype] for trial in trials)
-        except Exception:  # whatever a replaced module is called with, the model runs without it too
-            return False
-
-    if fused:
-        fuse(model, agrees)
-    return vision, geometry, trials[0].expected.shape[-1]
-
-
-class _Trial:
-    """A sequence of tokens, with an image if `vision` is given, and what the model as it is loaded says to it."""
-
-    def __init__(self, model: PreTrainedModel, vision: Vision | None = None) -> None:
-        self.tokens = torch.arange(7, 7 + _PROBE_TOKENS, device=model.device)
-        self._vision = vision
-        inputs: dict[str, Tensor] = {}
-        if vision is not None:
-            begin, end = _PROBE_IMAGE
-            self.tokens[begin:end] = vision.image_token
-            self._image = vision.draw(end - begin, np.random.default_rng(0))
-            inputs = {
-                "pixel_values": torch.as_tensor(self._image.pixels).to(model.device, model.dtype),
-                "image_grid_thw": torch.tensor([self._image.grid], device=model.device),
-                "mm_token_type_ids": (self.tokens[None] == vision.image_token).int(),
-            }
-        self.expected: Tensor = model(input_ids=self.tokens[None], use_cache=False, **inputs).logits[0]
-
-    def distance(self, model: PreTrainedModel, geometry: Geometry) -> float:
-        """How far from that the logits with paged attention are, relative to their length."""
-        positions = torch.arange(_PROBE_TOKENS, device=model.device)[None]
-        name, inputs = "input_ids", self.tokens
-        if self._vision is not None:
-            name, inputs = "inputs_embeds", model.get_input_embeddings()(self.tokens)
-            (inputs[slice(*_PROBE_IMAGE)],) = self._vision.encode([self._image])
-            placed = self._vision.positions(self.tokens.tolist(), [self._image])
-            positions = torch.from_numpy(placed[:, None]).to(model.device)
-        logits = _paged_logits(model, {name: inputs[None]}, positions, geometry)
-        return float((logits - self.expected).float().norm() / self.expected.float().norm())
-
-
-def _geometry(model: PreTrainedModel, tokens: Tensor) -> Geometry:
-    """Runs the model with an attention that only looks on; raises Unsupported for layers that cannot be served."""
-    config = model.config.get_text_config()
-    seen: dict[int, tuple[Any, ...]] = {}
-
-    def look(
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        sliding_window: int | None,
-        softcap: float | None,
-        rotation: Rotation | None,
-    ) -> Tensor:
-        if key.shape != value.shape:
-            raise Unsupported("keys and values differ in size, as in multi-head latent attention")
-        seen[layer] = (query.shape[1], key.shape[1], key.shape[2], sliding_window)
-        return query
-
-    model(input_ids=tokens[None], position_ids=torch.arange(len(tokens), device=tokens.device)[None], use_cache=False,
-          paged=look)  # fmt: skip
-    layers = config.num_hidden_layers
-    if not seen:
-        raise Unsupported("its attention does not go through Transformers' attention interface")
-    if sorted(seen) != list(range(layers)):
-        raise Unsupported(f"{layers - len(seen)} of its {layers} layers do not attend (linear attention, state spaces)")
-    if len({shape[:3] for shape in seen.values()}) > 1:
-        raise Unsupported("its layers differ in heads or head size")
-    window = getattr(config, "sliding_window", None)
-    for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
-        # The trial is shorter than most windows, so it would not notice one that is not passed on.
-        if kind == "sliding_attention" and seen[layer][3] != window:
-            raise Unsupported("its sliding window is not passed to the attention function")
-    heads, kv_heads, head_dim, _ = seen[0]
-    return Geometry(layers, heads, kv_heads, head_dim)
-
-
-def _paged_logits(model: PreTrainedModel, inputs: dict[str, Tensor], positions: Tensor, geometry: Geometry) -> Tensor:
-    """Logits computed in two iterations over a paged cache; inputs: by name, (1, T, ...); positions: (..., T)."""
-    blocks = blocks_for(_PROBE_TOKENS, _PROBE_BLOCK)
-    cache = torch.zeros(
-        (2 * geometry.layers, blocks, _PROBE_BLOCK, geometry.kv_heads, geometry.head_dim),
-        dtype=model.dtype, device=model.device,
-    )  # fmt: skip
-    logits = []
-    for start, end in ((0, _PROBE_TOKENS // 2 + 1), (_PROBE_TOKENS // 2 + 1, _PROBE_TOKENS)):
-        slots = torch.arange(start, end, device=model.device)
-        batch = plan_attention(
-            np.array([end - start]), np.array([end]), np.arange(blocks, dtype=np.int32)[None], model.device,
-            num_heads=geometry.heads, num_kv_heads=geometry.kv_heads, block_size=_PROBE_BLOCK,
-        )  # fmt: skip
-        paged = PagedIteration(cache, slots, batch)
-        some = {name: tensor[:, start:end] for name, tensor in inputs.items()}
-        ran = model(**some, position_ids=positions[..., start:end], use_cache=False, paged=paged)
-        logits.append(ran.logits[0])
-    return torch.cat(logits)
+def _too_large(folder: Path, device: torch.device) -> UserError:
+    return UserError(f"Model {folder} does not fit into the memory of {device}; use a smaller one.")
 
 
 def _refusal(folder: Path, reason: str) -> UserError:
     return UserError(f"Model {folder} cannot be run: {reason.rstrip('.')}.")
-
-
-def _first_line(error: Exception) -> str:
-    line = str(error).strip().split("\n")[0][:200]
-    return line if line.endswith((".", "!", "?")) else f"{line}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import logging
 import threading
@@ -24,7 +25,7 @@ from flexirl.policies.interface.decision import LAST, ONE_QUEUE, RECOMPUTE, SWAP
 from flexirl.policies.interface.view import View
 from flexirl.policies.training.export import FORMAT
 from flexirl.runtime.live.clock import VirtualClock, WallClock
-from flexirl.runtime.live.executor import Moves
+from flexirl.runtime.live.executor import Moves, OutOfMemory
 from flexirl.runtime.live.requests import Completion, Request, Update
 from flexirl.runtime.live.sampling import Sampling
 from flexirl.runtime.live.shadow import Shadow
@@ -221,6 +222,26 @@ def test_out_of_memory_makes_iterations_smaller(caplog: pytest.LogCaptureFixture
         run.engine.add_request(plain(f"more {i}", [i], 60))
         run.drain()
     assert budget[0] == 16, "iterations stay small though there is memory again"
+    everything_is_given_back(run)
+
+
+def test_memory_that_runs_out_again_and_again_ends_nobody() -> None:
+    """Every third iteration does not fit, whatever its size: the others carry all requests to their end."""
+    run = live_run()
+    execute, calls = run.executor.execute, itertools.count(1)
+
+    def short_of_memory(*arguments: Any) -> Any:
+        if next(calls) % 3 == 0:
+            raise OutOfMemory
+        return execute(*arguments)
+
+    run.executor.execute = short_of_memory
+    requests = [plain(str(i), [*range(i, 30), *range(i)][:12], 6, i % 2) for i in range(30)]
+    for request in requests:
+        run.engine.add_request(request)
+    run.drain()
+    for request in requests:
+        assert run.completions[request.id].token_ids == alone(request.prompt, 6, ())
     everything_is_given_back(run)
 
 

@@ -167,6 +167,29 @@ def test_a_trace_with_images_runs_with_images(model: Model) -> None:
     assert text.state.requests["num_images"].tolist() == [0, 0, 0]
 
 
+def test_a_prompt_may_end_in_an_image(model: Model) -> None:
+    """As the model's own forward has it from the beginning each time; `generate` counts positions on otherwise."""
+    rng = np.random.default_rng(6)
+    image = model.vision.draw(12, rng)
+    requests = [Request(f"r{i}", [i, START, *[IMAGE] * 12], 8, sampling=Sampling(ignore_eos=True), images=[image])
+                for i in range(12)]  # fmt: skip
+    run = LiveRun(CheckedExecutor(model.loaded), Constant(token_budget=7))
+    for request in requests:
+        run.engine.add_request(request)
+    run.drain()
+    differ = 0
+    for request in requests:
+        tokens = torch.tensor([[*request.prompt, *run.completions[request.id].token_ids]])
+        with torch.inference_mode():
+            logits = model.own(
+                tokens, pixel_values=torch.from_numpy(image.pixels), image_grid_thw=torch.tensor([image.grid]),
+                mm_token_type_ids=(tokens == IMAGE).int(), use_cache=False,
+            ).logits[0]  # fmt: skip
+        assert run.completions[request.id].token_ids == logits[len(request.prompt) - 1 : -1].argmax(-1).tolist()
+        differ += run.completions[request.id].token_ids != model.alone(request)
+    assert differ > 0, "`generate` counts on as the forward does; take the note out of docs/live.md"
+
+
 def test_what_the_image_shows_matters(model: Model) -> None:
     rng = np.random.default_rng(5)
     request = model.request("a", [12], rng, max_tokens=12)

@@ -153,6 +153,33 @@ def test_bad_folders_are_refused(folder: Path, tmp_path: Path) -> None:
     assert "pickled weights (pytorch_model.bin)" in refusal(folder)
 
 
+def test_only_weights_that_are_loaded_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (size,) = {sum(tensor.numel() * 4 for tensor in load_file(folder / "model.safetensors").values())}
+    monkeypatch.setattr(loading, "total_memory", lambda device: size)
+    save_file({"x": torch.zeros(size)}, folder / "consolidated.safetensors", {"format": "pt"})
+    (folder / "other.safetensors").write_bytes(b"no such thing")
+    assert load_model(folder).vocab_size == 258
+    model = load_model(folder).model
+    (folder / "model.safetensors").unlink()
+    assert "has no weights" in refusal(folder)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2 and load_model(folder).vocab_size == 258
+    next(folder.glob("model-*.safetensors")).unlink()
+    assert "is not a readable safetensors file" in refusal(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+    assert "is no index" in refusal(folder)
+
+
+@pytest.mark.parametrize("terabytes", [1, 8])
+def test_a_file_larger_than_the_memory_is_one_sentence(folder: Path, terabytes: int) -> None:
+    size = terabytes << 40
+    header = json.dumps({"x": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)  # takes no room on the disk
+    assert "GiB" in refusal(folder)
+
+
 def test_incomplete_weights_are_refused(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]

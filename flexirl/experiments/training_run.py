@@ -14,11 +14,12 @@ from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from flexirl.envs.fleet import Fleet, Task
-from flexirl.envs.vector import BatchingVecEnv
+from flexirl.envs.sb3 import BatchingVecEnv
 from flexirl.errors import UserError
 from flexirl.experiments.comparison import Runner, on_live, on_surrogate, worth_of_dials
-from flexirl.experiments.configuration import count_of, load_executor, load_live_fleet, load_validation_tasks
+from flexirl.experiments.configuration import load_executor, load_live_fleet, load_validation_tasks
 from flexirl.experiments.seeds import TUNING_SEED
+from flexirl.experiments.values import count_of
 from flexirl.policies.heuristics.fixed_dials import search_dials
 from flexirl.policies.interface.action import NUM_DIALS
 from flexirl.policies.training import probing

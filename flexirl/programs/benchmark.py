@@ -17,8 +17,8 @@ from flexirl.benchmarks.suites import expand
 from flexirl.cores import available_cores
 from flexirl.errors import UserError
 from flexirl.experiments.comparison import ANCHORS
-from flexirl.experiments.configuration import count_of, names_of, seed_of
-from flexirl.experiments.program import output_folder, run_program
+from flexirl.experiments.program import output_folder
+from flexirl.experiments.values import count_of, names_of, seed_of
 from flexirl.policies.registry import check_names
 
 
@@ -41,12 +41,7 @@ def run(config: DictConfig) -> None:
     try:
         results = run_all(jobs, Path(config.cache), processes, config.progress)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        raise
+        raise KeyboardInterrupt("the same command goes on from here") from None
     benchmark = collect(jobs, results, skipped)
     write_report(benchmark, folder)
     print(f"written to {folder}")
-
-
-if __name__ == "__main__":
-    run_program("benchmark", run)

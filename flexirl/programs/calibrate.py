@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from flexirl.experiments.configuration import load_executor, number, seed_of
+from flexirl.experiments.configuration import load_executor
 from flexirl.experiments.plots import plot_calibration
-from flexirl.experiments.program import output_folder, run_program
+from flexirl.experiments.program import output_folder
+from flexirl.experiments.values import number, seed_of
 from flexirl.policies.registry import make_policy
 from flexirl.progress import progress_bar
 from flexirl.runtime.fitting.calibration import calibrate
@@ -86,7 +87,3 @@ def summary(name: str, report: dict[str, Any], values: Any) -> str:
             f"{1e6 * values['per_image_token_s']:.1f} microseconds per token; {values['kv_blocks']} blocks",
         ]
     )
-
-
-if __name__ == "__main__":
-    run_program("calibrate", run)

@@ -22,23 +22,15 @@ from flexirl.experiments.comparison import (
     table,
     write_leaderboard,
 )
-from flexirl.experiments.configuration import (
-    count_of,
-    flag_of,
-    load_executor,
-    load_task,
-    load_task_on,
-    names_of,
-    seed_of,
-)
+from flexirl.experiments.configuration import load_executor, load_task, load_task_on
 from flexirl.experiments.fidelity import rank_agreement, side_by_side, write_fidelity
 from flexirl.experiments.fidelity import table as fidelity_table
 from flexirl.experiments.plots import plot_comparison, plot_fidelity, plot_timeline
-from flexirl.experiments.program import output_folder, run_program
+from flexirl.experiments.program import output_folder
 from flexirl.experiments.records import record_run
 from flexirl.experiments.seeds import TUNING_SEED
+from flexirl.experiments.values import count_of, flag_of, names_of, seed_of
 from flexirl.policies.registry import check_names, make_policy
-from flexirl.runtime.fitting.calibration import measure_pace
 
 ENGINES = ("surrogate", "live")
 PACE_RULE = "qoserve"  # decides while the machine's pace is measured
@@ -65,6 +57,8 @@ def run(config: DictConfig) -> None:
     runners: dict[str, Runner] = {"surrogate": on_surrogate}
     executor = None
     if "live" in engines:
+        from flexirl.runtime.fitting.calibration import measure_pace  # PyTorch with it
+
         _, executor = load_executor(config)
         task, runners["live"] = replace(task, engine=executor.profile), on_live(executor)
     comparisons: dict[str, list[Row]] = {}
@@ -94,7 +88,3 @@ def run(config: DictConfig) -> None:
             print(f"iterations took {' and then '.join(f'{pace:.3f}' for pace in paces)} times what the profile says")
         print(f"{fidelity_table(compared, labels)}\norders of the policies by revenue: Kendall's tau {tau:.2f}")
     print(f"written to {folder}")
-
-
-if __name__ == "__main__":
-    run_program("evaluate", run)

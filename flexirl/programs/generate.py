@@ -14,10 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from flexirl.errors import UserError
-from flexirl.experiments.configuration import count_of, load_executor, load_rule, load_slo, number, seed_of
+from flexirl.experiments.configuration import load_executor, load_rule, load_slo
 from flexirl.experiments.plots import plot_timeline
-from flexirl.experiments.program import output_folder, run_program
+from flexirl.experiments.program import output_folder
 from flexirl.experiments.prompts import CLASSES, PromptParser, json_object, read_lines, take_id
+from flexirl.experiments.values import count_of, number, seed_of
 from flexirl.policies.registry import make_policy
 from flexirl.progress import progress_bar
 from flexirl.runtime.live.engine import LiveEngine
@@ -203,7 +204,3 @@ def summary(results: Results, metrics: dict[str, float], duration_s: float) -> s
         f"microseconds in the median, {1e6 * metrics['decision_p99_s']:.0f} at P99"
     )
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    run_program("generate", run)

@@ -6,9 +6,7 @@ and not trained on, with arrivals that none of them has met; what each earns is 
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -74,23 +72,10 @@ def ship_mean(runs: Sequence[Path], target: Path) -> tuple[dict[int, float], flo
     return shares, share
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Does what the command line asks for."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flexirl.pretrained", description="Puts the mean of several training runs into the package."
-    )
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of python -m flexirl.train, one per seed")
-    parser.add_argument("--output", type=Path, default=PRETRAINED_FILE, help="where the policy goes")
-    options = parser.parse_args(arguments)
-    try:
-        shares, share = ship_mean(options.runs, options.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def run(folders: Sequence[Path], output: Path | None) -> None:
+    """Makes the mean, prints what each earned; output: where it goes, the package's own place if None."""
+    target = output or PRETRAINED_FILE
+    shares, share = ship_mean(folders, target)
     spread = np.array(list(shares.values()))
     print(f"{len(spread)} seeds: {spread.min():.4f} to {spread.max():.4f}; their mean policy {share:.4f}")
-    print(f"written to {options.output}")
-
-
-if __name__ == "__main__":
-    main()
+    print(f"written to {target}")

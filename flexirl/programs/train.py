@@ -10,28 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from matplotlib.image import imread
 from omegaconf import DictConfig, OmegaConf
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch.utils.tensorboard import SummaryWriter
 
 from flexirl.envs.fleet import Task
-from flexirl.envs.vector import BatchingVecEnv
+from flexirl.envs.sb3 import BatchingVecEnv
 from flexirl.experiments.comparison import Runner, compare, table, write_leaderboard
-from flexirl.experiments.configuration import (
-    count_of,
-    flag_of,
-    held_out_task,
-    load_task,
-    load_tasks,
-    names_of,
-    seed_of,
-)
+from flexirl.experiments.configuration import held_out_task, load_task, load_tasks
 from flexirl.experiments.plots import plot_comparison, plot_history, plot_timeline
-from flexirl.experiments.program import output_folder, run_program
+from flexirl.experiments.program import output_folder
 from flexirl.experiments.records import command, record_run
 from flexirl.experiments.seeds import VALIDATION_SEED
 from flexirl.experiments.training_run import load_agent, load_engines, warm_start
+from flexirl.experiments.values import count_of, flag_of, names_of, seed_of
 from flexirl.policies.registry import check_names
 from flexirl.policies.training.export import export
 from flexirl.policies.training.training import Training
@@ -70,7 +62,7 @@ def run(config: DictConfig) -> float:
         if watching.history:
             agent.save(folder / "policy.zip")
         if (folder / "policy.zip").is_file():
-            print(f"interrupted; go on with resume={folder / 'policy.zip'}")
+            raise KeyboardInterrupt(f"go on with resume={folder / 'policy.zip'}") from None
         raise
     env.close()
     best = type(agent).load(folder / "best.zip", device="cpu")
@@ -89,6 +81,8 @@ def report(
     runner: Runner,
 ) -> None:
     """Exports the agent, compares it, writes tables and pictures."""
+    from matplotlib.image import imread  # a second, for which training need not wait
+
     plot_history(watching.history, folder / "reward.png")
     names = names_of(config.policies, "policies")
     if config.agent.algorithm == "recurrent_ppo":
@@ -116,7 +110,3 @@ def report(
     best = json.dumps({"best_validation_revenue_per_s": watching.best["revenue_per_s"], "folder": str(folder)})
     (folder / "summary.json").write_text(best + "\n")
     print(f"written to {folder}")
-
-
-if __name__ == "__main__":
-    run_program("train", run)

@@ -15,7 +15,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from flexirl.errors import UserError
-from flexirl.experiments.program import output_folder, run_program
+from flexirl.experiments.program import output_folder
 from flexirl.policies.registry import make_policy
 from flexirl.runtime.fitting.operators import fit_profile
 from flexirl.runtime.fitting.replay import Record, Served, replay
@@ -128,7 +128,3 @@ def run(config: DictConfig) -> None:
     save_profile(engine, folder / "profile.json")
     plot(record, series, folder / "validation.png")
     print(f"written to {folder}")
-
-
-if __name__ == "__main__":
-    run_program("validate", run)

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from flexirl.experiments.configuration import load_engine, load_slo, seed_of
-from flexirl.experiments.program import output_folder, run_program
+from flexirl.experiments.configuration import load_engine, load_slo
+from flexirl.experiments.program import output_folder
+from flexirl.experiments.values import seed_of
 from flexirl.runtime.profile.capacity import ServiceTime, in_words, shares_lost
 from flexirl.workloads.config import from_config
 from flexirl.workloads.statistics import gap_cv, index_of_dispersion, peak_to_mean
@@ -137,7 +138,3 @@ def run(config: DictConfig) -> None:
     (folder / "workload.json").write_text(json.dumps(summary, indent=1) + "\n")
     plot(trace, duration_s, folder / "workload.png")
     print(f"written to {folder}")
-
-
-if __name__ == "__main__":
-    run_program("workload_stats", run)

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 from numba import njit
-from scipy.optimize import nnls
 
 from flexirl.errors import UserError
 
@@ -193,6 +192,8 @@ def fit(features: np.ndarray, times_s: np.ndarray, seed: int = 0, weights: np.nd
     zero in every row keeps the coefficient 0.
     Raises UserError for fewer than 8 rows or times that are not positive and finite.
     """
+    from scipy.optimize import nnls  # takes longer to import than everything else here, and only fits need it
+
     times_s = np.asarray(times_s, dtype=float)
     if len(times_s) != len(features) or len(times_s) < 8:
         raise UserError(f"A step-time fit needs at least 8 iterations with one time each; got {len(times_s)}.")

@@ -43,8 +43,7 @@ class Decider(structref.StructRefProxy):
 
     def __new__(cls, *parts: Any) -> Decider:
         """The arrays are shared, not copied."""
-        decider: Decider = structref.StructRefProxy.__new__(cls, *parts)
-        return decider
+        return _new_decider(*parts)
 
 
 structref.define_proxy(
@@ -52,6 +51,12 @@ structref.define_proxy(
     _DeciderType,
     ["arrays", "network", "settings", "observer", "decision", "observed", "raw"],
 )
+
+
+@nb.njit(cache=True)
+def _new_decider(arrays, network, settings, observer, decision, observed, raw):
+    # The proxy's own constructor is compiled anew in every process.
+    return Decider(arrays, network, settings, observer, decision, observed, raw)
 
 
 def new_decider(

@@ -69,11 +69,16 @@ class LiveState(structref.StructRefProxy):
 
     def __new__(cls, state: State, table: BlockTable, arrays: RequestArrays, flat: FlatBatch) -> LiveState:
         """The arrays are shared, not copied."""
-        live: LiveState = structref.StructRefProxy.__new__(cls, state, table, arrays, flat)
-        return live
+        return _new_live_state(state, table, arrays, flat)
 
 
 structref.define_proxy(LiveState, _LiveStateType, ["state", "table", "arrays", "flat"])
+
+
+@nb.njit(cache=True)
+def _new_live_state(state: State, table: BlockTable, arrays: RequestArrays, flat: FlatBatch) -> LiveState:
+    # The proxy's own constructor is compiled anew in every process.
+    return LiveState(state, table, arrays, flat)
 
 
 class Counts(NamedTuple):

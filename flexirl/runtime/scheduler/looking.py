@@ -139,11 +139,16 @@ class _Pair(structref.StructRefProxy):
     """A state and its view as one argument, since compiled code takes longer to unpack them than to look."""
 
     def __new__(cls, state: State, arrays: ViewArrays) -> _Pair:
-        pair: _Pair = structref.StructRefProxy.__new__(cls, state, arrays)
-        return pair
+        return _new_pair(state, arrays)
 
 
 structref.define_proxy(_Pair, _PairType, ["state", "arrays"])
+
+
+@nb.njit(cache=True)
+def _new_pair(state: State, arrays: ViewArrays) -> _Pair:
+    # The proxy's own constructor is compiled anew in every process.
+    return _Pair(state, arrays)
 
 
 class Lookout:

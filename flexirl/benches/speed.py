@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numba as nb
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
@@ -25,6 +24,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from flexirl.benches.figures import Row
+from flexirl.compiled import compiled
 from flexirl.envs.fleet import Fleet, Task
 from flexirl.envs.sb3 import BatchingVecEnv
 from flexirl.envs.vector import BatchingVectorEnv
@@ -110,7 +110,7 @@ def _advance_stepped(state: State, trace: Trace, iterations: int) -> float:
     return iterations / (time.perf_counter() - began)
 
 
-@nb.njit(cache=True)
+@compiled
 def _step(state: State, trace: np.ndarray, iterations: int) -> None:
     state = borrow(state)
     for _ in range(iterations):

@@ -12,6 +12,7 @@ import numba as nb
 import numpy as np
 from numba.experimental import structref
 
+from flexirl.compiled import compiled
 from flexirl.policies.deploy.network import Network, run_network
 from flexirl.policies.interface.action import GRID, PREEMPTS, set_dials, set_scores
 from flexirl.policies.interface.observation import new_observers, observe
@@ -53,7 +54,7 @@ structref.define_proxy(
 )
 
 
-@nb.njit(cache=True)
+@compiled
 def _new_decider(arrays, network, settings, observer, decision, observed, raw):
     # The proxy's own constructor is compiled anew in every process.
     return Decider(arrays, network, settings, observer, decision, observed, raw)
@@ -76,7 +77,7 @@ def new_decider(
     return Decider(view.arrays, network, settings, observer, decision, observed, raw)
 
 
-@nb.njit(cache=True)
+@compiled
 def decide(decider: Any) -> bool:
     """Overwrites the decision; False, and it stays as it is, for numbers that are not finite."""
     view, settings, raw, decision = decider.arrays, decider.settings[0], decider.raw, decider.decision[0]

@@ -43,7 +43,10 @@ def run_program(name: str, config_name: str | None = None) -> None:
     def guarded(config: DictConfig) -> object:
         try:
             check_values(config)
-            return importlib.import_module(f"flexirl.programs.{name}").run(config)
+            body = importlib.import_module(f"flexirl.programs.{name}")
+            if config.get("progress", True):
+                importlib.import_module("flexirl.experiments.compiling").tell()  # takes Numba, as the body does
+            return body.run(config)
         except (UserError, HydraException, OmegaConfBaseException) as error:
             failed.append((_place() if sweep else "") + _sentence(error))
             return None

@@ -16,7 +16,9 @@ from omegaconf import DictConfig
 
 from flexirl.errors import UserError
 from flexirl.experiments.program import output_folder
+from flexirl.experiments.values import flag_of
 from flexirl.policies.registry import make_policy
+from flexirl.progress import progress_bar
 from flexirl.runtime.fitting.operators import fit_profile
 from flexirl.runtime.fitting.replay import Record, Served, replay
 from flexirl.runtime.profile.engine import EngineProfile, save_profile
@@ -63,15 +65,18 @@ def compare(real: Served, surrogate: Served, others: list[Served]) -> list[dict[
     return rows
 
 
-def neighbours(engine: EngineProfile, record: Record) -> list[Served]:
+def neighbours(engine: EngineProfile, record: Record, progress: bool) -> list[Served]:
     """Replays with caches up to 1% smaller and larger, as far as every request still fits."""
     rows, block_size = record.trace.rows, int(engine.values["block_size"])
     least = -(-int((rows["prompt_tokens"] + rows["output_tokens"]).max()) // block_size)
     policy = make_policy("vllm_fcfs")
     blocks = np.maximum(np.round(_CACHE_SHARES * engine.values["kv_blocks"]).astype(int), least)
-    return [
-        replay(policy, engine.replace(kv_blocks=int(count)), record.trace, record.asynchronous)[0] for count in blocks
-    ]
+    others = []
+    with progress_bar(len(blocks), " replays", progress, leave=False) as bar:
+        for count in blocks:
+            others.append(replay(policy, engine.replace(kv_blocks=int(count)), record.trace, record.asynchronous)[0])
+            bar.update()
+    return others
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -116,7 +121,7 @@ def run(config: DictConfig) -> None:
     record = Record.read(str(config.run))
     engine = fit_profile(str(config.run))
     surrogate, series = replay(make_policy("vllm_fcfs"), engine, record.trace, record.asynchronous)
-    rows = compare(record.served, surrogate, neighbours(engine, record))
+    rows = compare(record.served, surrogate, neighbours(engine, record, flag_of(config.progress, "progress")))
     print(f"{record.trace.name}: {len(record.trace)} requests")
     fit = engine.fit
     print(f"profile: mean error {fit['mape']:.2%}, 95th percentile {fit['p95_error']:.2%}, R2 {fit['r2']:.4f}")

@@ -27,6 +27,7 @@ test: .venv/installed-test
 
 bench: .venv/installed
 	$(BIN)/python -m flexirl.bench
+	$(BIN)/python -m flexirl.bench startup
 	$(BIN)/python -m flexirl.bench live
 
 clean:

@@ -77,6 +77,7 @@ class Sources:
         self.changed = False  # a file was read anew, so compiled functions may have become stale
         self._known: dict[str, Source] = {}
         self._fresh: dict[str, Source] = {}
+        self._no_modules: set[str] = set()  # names that were looked for
         try:
             document = json.loads(remembered.read_text())
             self._known = {name: Source(*fields) for name, fields in document.items()}
@@ -109,9 +110,12 @@ class Sources:
         """The file of a module or package; None for names that are neither."""
         if module in self._fresh:
             return self._fresh[module]
+        if module in self._no_modules:
+            return None
         place = self._package.parent / module.replace(".", "/")
         path = place / "__init__.py" if place.is_dir() else place.with_name(f"{place.name}.py")
         if not path.is_file():
+            self._no_modules.add(module)
             return None
         stat, known = path.stat(), self._known.get(module)
         if known is not None and (known.time_ns, known.size) == (stat.st_mtime_ns, stat.st_size):
@@ -137,6 +141,12 @@ _cleared: set[str] = set()  # modules of which nothing stale is left
 
 
 @cache
+def _stamp(module: str) -> str:
+    """That of a module's compiled functions: files that have been imported do not change any more."""
+    return sources().stamp(module)
+
+
+@cache
 def sources() -> Sources:
     """Those of this installation."""
     return Sources(folder() / "sources.json")
@@ -156,7 +166,7 @@ class Locator(_CacheLocator):
 
     def get_source_stamp(self) -> str:
         """See `Sources.stamp`."""
-        return sources().stamp(self._module)
+        return _stamp(self._module)
 
     def get_disambiguator(self) -> str:
         """Functions of one name in files of one name lie in different modules; their lines may change.

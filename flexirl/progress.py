@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from threading import Event, Thread
 from typing import Any
 
 from tqdm import tqdm
@@ -17,7 +19,26 @@ _LINES: dict[str, Any] = {
 class _Lines(tqdm):
     """A bar that writes a line at a time, for files that keep what is written."""
 
-    monitor_interval = int(LINE_EVERY_S)  # work that takes long between two updates is shown too
+    monitor_interval = 0  # tqdm's own thread looks only after work that has sped up
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._ended = Event()
+        if not self.disable:
+            Thread(target=self._tell, daemon=True).start()
+
+    def _tell(self) -> None:
+        """Work that takes long between two updates is shown too."""
+        while not self._ended.wait(self.maxinterval):
+            if time.time() - self.last_print_t >= self.maxinterval:
+                self.last_print_t = time.time()
+                self.refresh()
+
+    def close(self) -> None:
+        """Called by tqdm at the end of the `with`."""
+        if hasattr(self, "_ended"):
+            self._ended.set()
+        super().close()
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Writes how far the work is; called by tqdm whenever it would draw the bar anew."""

@@ -14,7 +14,7 @@ from stable_baselines3 import DQN
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from flexirl.envs.fleet import Fleet, Task
-from flexirl.envs.vector import BatchingVecEnv
+from flexirl.envs.sb3 import BatchingVecEnv
 from flexirl.experiments.configuration import CONF, load_task
 from flexirl.policies.interface.observation import bounds
 from flexirl.policies.training.agents import make_agent

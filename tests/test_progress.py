@@ -36,3 +36,14 @@ def test_silence_is_kept_when_asked_for(capfd: pytest.CaptureFixture[str], monke
     with progress.progress_bar(3, " runs", shown=False) as bar:
         bar.update(3)
     assert capfd.readouterr().err == ""
+
+
+def test_work_without_an_update_is_told_too(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_LINES", progress._LINES | {"delay": 0.05, "mininterval": 0.05, "maxinterval": 0.05})
+    with progress.progress_bar(2, " runs", desc="searching") as bar:
+        time.sleep(0.5)
+        bar.update()
+    lines = capfd.readouterr().err.splitlines()
+    assert 3 <= len(lines) <= 12 and all("searching" in line and "/2" in line for line in lines)
+    time.sleep(0.2)
+    assert capfd.readouterr().err == ""  # nothing is told of work that has ended

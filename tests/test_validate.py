@@ -14,9 +14,9 @@ import pytest
 
 from flexirl.errors import UserError
 from flexirl.policies.registry import make_policy
+from flexirl.programs.validate import compare
 from flexirl.runtime.fitting.operators import fit_profile, read_lengths
 from flexirl.runtime.fitting.replay import Record, Served, replay
-from flexirl.validate import compare
 
 ROOT = Path(__file__).parents[1]
 RECORDED = ROOT.parent / "shared" / "real_vllm" / "rtx4090-llama-3.1-8b"

@@ -1,26 +1,21 @@
-"""Program: how fast it is, as a table and as JSON: `python -m flexirl.bench [--quick] [--output outputs/bench.json]`.
+"""The speeds of the surrogate, its environments, training and decisions: `python -m flexirl.bench`.
 
 Each measurement is one function whose docstring says what is measured; speeds and seconds are medians of repeats.
 """
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
-import os
-import re
 import resource
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numba as nb
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
@@ -28,10 +23,13 @@ from omegaconf import OmegaConf
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from flexirl.benches.figures import Row, report
+from flexirl.benches.figures import Row
+from flexirl.compiled import compiled
 from flexirl.envs.fleet import Fleet, Task
-from flexirl.envs.vector import BatchingVecEnv, BatchingVectorEnv
-from flexirl.experiments.configuration import CONF, load_task
+from flexirl.envs.sb3 import BatchingVecEnv
+from flexirl.envs.vector import BatchingVectorEnv
+from flexirl.experiments.configuration import load_task
+from flexirl.experiments.values import CONF
 from flexirl.policies.deploy.learned import load_policy
 from flexirl.policies.registry import PRETRAINED_FILE
 from flexirl.policies.training.agents import make_agent
@@ -112,7 +110,7 @@ def _advance_stepped(state: State, trace: Trace, iterations: int) -> float:
     return iterations / (time.perf_counter() - began)
 
 
-@nb.njit(cache=True)
+@compiled
 def _step(state: State, trace: np.ndarray, iterations: int) -> None:
     state = borrow(state)
     for _ in range(iterations):
@@ -262,41 +260,8 @@ def _max_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def startup(cold: bool) -> Iterator[Row]:
-    """Seconds from the command `python -m flexirl.train` to its first update, when the progress bar first moves.
-
-    Warm: compiled functions come from the cache; cold: from an empty one, so that everything is compiled.
-    """
-    if cold:
-        with tempfile.TemporaryDirectory() as cache:
-            yield Row("startup_cold_s", _seconds_to_first_update({"XDG_CACHE_HOME": cache}), "s")
-    yield Row("startup_warm_s", _seconds_to_first_update({}), "s")
-
-
-def _seconds_to_first_update(environment: dict[str, str]) -> float:
-    began = time.perf_counter()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        subprocess.Popen(
-            [sys.executable, "-m", "flexirl.train", f"hydra.run.dir={folder}"],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, **environment},
-        ) as process,
-    ):  # fmt: skip
-        assert process.stderr is not None
-        shown = b""
-        while not re.search(rb"\| *[1-9]\d*/\d+ ", shown):
-            more = os.read(process.stderr.fileno(), 4096)
-            if not more:
-                raise RuntimeError(f"training ended before its first update: {shown.decode(errors='replace')}")
-            shown += more
-        seconds = time.perf_counter() - began
-        process.terminate()
-        process.stderr.read()
-    return seconds
-
-
 def run(quick: bool) -> Iterator[Row]:
-    """All measurements, one after the other; quick: fewer repeats, and no start-up."""
+    """All measurements, one after the other; quick: fewer repeats."""
     torch.set_num_threads(1)  # as in training
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train")
@@ -307,14 +272,3 @@ def run(quick: bool) -> Iterator[Row]:
     yield from environment_speed(task, config, repeats)
     yield from training_speed(task, config, repeats)
     yield from decision_time(task, repeats)
-    if not quick:
-        yield from startup(cold=True)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints and writes the figures."""
-    parser = argparse.ArgumentParser(prog="python -m flexirl.bench", description="Measures how fast flexirl is.")
-    parser.add_argument("--quick", action="store_true", help="fewer repeats, and no start-up")
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench.json"), help="where the figures are written")
-    options = parser.parse_args(arguments)
-    report(run(options.quick), options.output)

@@ -16,8 +16,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from flexirl.errors import UserError
-from flexirl.experiments.configuration import CONF, count_of, load_task
+from flexirl.experiments.configuration import load_task
 from flexirl.experiments.overrides import quoted
+from flexirl.experiments.values import CONF, count_of
 
 TRACE_SUFFIXES = (".csv", ".csv.gz", ".jsonl", ".jsonl.gz")
 SHORTEST_WARMUP = 0.1  # of the length of a trace that is shorter than a scenario

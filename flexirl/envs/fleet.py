@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numba as nb
 import numpy as np
 
+from flexirl.compiled import compiled
 from flexirl.cores import available_cores
 from flexirl.envs.reward import REWARD, Reward
 from flexirl.errors import UserError
@@ -329,7 +330,7 @@ def _child_seed(*entropy: int) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
-@nb.njit(cache=True)
+@compiled
 def _member_state(states: State, m: int) -> State:
     return State(
         states.requests[m], states.running[m], states.work[m], states.work_totals[m], states.classes[m],
@@ -338,17 +339,17 @@ def _member_state(states: State, m: int) -> State:
     )  # fmt: skip
 
 
-@nb.njit(cache=True)
+@compiled
 def _start_member(states, traces, promises, members, m, seed):
     surrogate.start(borrow(_member_state(states, m)), traces[m, : members[m].rows], promises, seed)
 
 
-@nb.njit(cache=True)
+@compiled
 def _observe_member(states, views, seen, observers, observations, m):
     _observe(borrow(_member_state(states, m)), views, seen, observers, observations, m)
 
 
-@nb.njit(cache=True)
+@compiled
 def _observe(state, views, seen, observers, observations, m):
     look(state, borrow(one_view(views, m)))
     observe(borrow(one_view(seen, m)), borrow(one_observer(observers, m)), observations[m])
@@ -367,7 +368,7 @@ def _step_members(
         _observe(state, views, seen, observers, observations, m)
 
 
-@nb.njit(cache=True)
+@compiled
 def begin_interval(state, members, views, action, kind, interval_s, m):
     """Puts member m's action in force; returns the second to which its engine is to run."""
     member, decision, tpot_s = members[m], state.decision[0], views.promise[m, 0].tpot_s
@@ -379,13 +380,13 @@ def begin_interval(state, members, views, action, kind, interval_s, m):
     return min(member.steps * interval_s, member.duration_s)
 
 
-@nb.njit(cache=True)
+@compiled
 def pay(state, members, views, reward, began_s, interval_s, m):
     """The reward of member m, whose engine has run since `began_s`."""
     return _reward(state, members[m], views.promise[m, 0], reward[m], began_s, interval_s)
 
 
-@nb.njit(cache=True)
+@compiled
 def _reward(state, member, promise, reward, began_s, interval_s):
     immediate = state.classes[IMMEDIATE]
     deferred_value = reward.deferred_discount * _deferred_worth(state, reward)
@@ -398,7 +399,7 @@ def _reward(state, member, promise, reward, began_s, interval_s):
     return (reward.deferred * gained - reward.loss * lost) / (reward.scale * interval_s) - reward.waiting * waited
 
 
-@nb.njit(cache=True)
+@compiled
 def _deferred_worth(state, reward):
     """Deferred work so far at full price: requests finished in time, and those in the batch by their output."""
     deferred = state.classes[DEFERRED]

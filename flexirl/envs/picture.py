@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 IMMEDIATE_COLOUR, DEFERRED_COLOUR, NEUTRAL = "#2a6f97", "#e07a3f", "#8a8a8a"
 
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of that size in inches."""
+    # Most of what a command takes to start, and only its end needs it.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     return figure

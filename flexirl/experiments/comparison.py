@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,12 +18,13 @@ from flexirl.policies.heuristics.base import tune
 from flexirl.policies.interface.policy import Policy
 from flexirl.policies.registry import make_policy
 from flexirl.progress import progress_bar
-from flexirl.runtime.live.executor import Executor
-from flexirl.runtime.live.run import run_live
 from flexirl.runtime.profile.capacity import in_words, shares_lost
 from flexirl.runtime.profile.pace import at_pace
 from flexirl.runtime.simulator.simulation import Run, simulate
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE, Trace
+
+if TYPE_CHECKING:
+    from flexirl.runtime.live.executor import Executor
 
 ANCHORS = ("immediate_only", "deferred_only")
 
@@ -58,6 +59,7 @@ def on_surrogate_at(pace: float) -> Runner:
 
 def on_live(executor: Executor) -> Runner:
     """Runs on a live engine with this executor."""
+    from flexirl.runtime.live.run import run_live  # PyTorch with it
 
     def run(policy: Policy, task: Task, trace: Trace, seed: int) -> Run:
         return run_live(

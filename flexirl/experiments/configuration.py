@@ -1,4 +1,7 @@
-"""Builds what the programs run on from their configuration."""
+"""Builds what the programs run on from their configuration.
+
+Gymnasium, PyTorch and the live engine take seconds to import: what needs them imports them itself.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,15 @@ from typing import TYPE_CHECKING, Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.version import VersionBase
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from flexirl.envs.batching import BatchingEnv
 from flexirl.envs.fleet import Fleet, Task
-from flexirl.envs.live import CLOCKS, LiveFleet
 from flexirl.envs.reward import Reward
-from flexirl.envs.vector import BatchingVectorEnv
 from flexirl.errors import UserError
 from flexirl.experiments.renamed import check_names_of_settings
+from flexirl.experiments.values import CONF, count_of, number
 from flexirl.policies.interface.policy import Policy
 from flexirl.policies.registry import make_policy
-from flexirl.runtime.live.executor import Executor
 from flexirl.runtime.profile.engine import EngineProfile, load_profile
 from flexirl.runtime.profile.pace import at_pace
 from flexirl.runtime.scheduler.accounts import Prices
@@ -29,10 +29,12 @@ from flexirl.workloads.config import from_config
 from flexirl.workloads.slo import SLO
 
 if TYPE_CHECKING:
+    from flexirl.envs.batching import BatchingEnv
+    from flexirl.envs.live import LiveFleet
+    from flexirl.envs.vector import BatchingVectorEnv
+    from flexirl.runtime.live.executor import Executor
     from flexirl.runtime.models.executor import ModelExecutor
     from flexirl.runtime.models.loading import LoadedModel
-
-CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
 def load_engine(config: DictConfig) -> EngineProfile:
@@ -77,41 +79,6 @@ def load_slo(config: DictConfig) -> SLO:
 def load_prices(config: DictConfig) -> Prices:
     """The prices of group `slo`."""
     return Prices(**{str(name): number(value, f"slo.prices.{name}") for name, value in config.prices.items()})
-
-
-def number(value: object, name: str) -> float:
-    """`value` as a float; raises UserError, naming the setting, for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"{name}={value} is not a number.")
-    return float(value)
-
-
-def seed_of(value: object, name: str = "seed") -> int:
-    """`value` as a seed; raises UserError unless it is a whole number of 0 or more."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise UserError(f"{name}={value} is out of range; a seed is a whole number of 0 or more.")
-    return value
-
-
-def count_of(value: object, name: str, least: int = 1) -> int:
-    """`value` as a number of things; raises UserError unless it is a whole number of `least` or more."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{name}={value} is out of range; give a whole number of {least} or more.")
-    return value
-
-
-def flag_of(value: object, name: str) -> bool:
-    """`value` as a flag; raises UserError for anything but true and false, such as the word off."""
-    if not isinstance(value, bool):
-        raise UserError(f"{name}={value} is neither true nor false.")
-    return value
-
-
-def names_of(value: object, name: str) -> list[str]:
-    """`value` as a list of names; raises UserError for a single one, whose letters would pass for names."""
-    if not isinstance(value, Sequence | ListConfig) or isinstance(value, str):
-        raise UserError(f"{name}={value} is not a list; write {name}='[{value}]'.")
-    return [str(entry) for entry in value]
 
 
 def load_task(config: DictConfig) -> Task:
@@ -183,6 +150,8 @@ def _mixed(config: DictConfig, numbers: Iterable[int]) -> list[Task]:
 
 def make_batching_env(overrides: Sequence[str] | str = (), task: Task | None = None, **options: Any) -> BatchingEnv:
     """Entry point of `flexirl/Batching-v0`: `task`, or that of `python -m flexirl.train` with these Hydra overrides."""
+    from flexirl.envs.batching import BatchingEnv
+
     return BatchingEnv(Fleet(task or default_task(overrides), 1), **options)
 
 
@@ -190,11 +159,15 @@ def make_vector_env(
     num_envs: int = 1, overrides: Sequence[str] | str = (), task: Task | None = None, **options: Any
 ) -> BatchingVectorEnv:
     """Vector entry point of `flexirl/Batching-v0`: `num_envs` members of one fleet, stepped in compiled code."""
+    from flexirl.envs.vector import BatchingVectorEnv
+
     return BatchingVectorEnv(task or default_task(overrides), num_envs, **options)
 
 
 def make_live_env(overrides: Sequence[str] | str = (), **options: Any) -> BatchingEnv:
     """Entry point of `flexirl/LiveBatching-v0`: the engine of `flexirl.train env=live` with these overrides."""
+    from flexirl.envs.batching import BatchingEnv
+
     config = _train_config(["env=live", *_listed(overrides)])
     task = load_task(config)
     return BatchingEnv(load_live_fleet(config, task, load_executor(config)[1]), **options)
@@ -202,6 +175,8 @@ def make_live_env(overrides: Sequence[str] | str = (), **options: Any) -> Batchi
 
 def load_live_fleet(config: DictConfig, task: Task, executor: Executor) -> LiveFleet:
     """The task on a live engine, by the clock of group `env`."""
+    from flexirl.envs.live import CLOCKS, LiveFleet
+
     if config.env.clock not in CLOCKS:
         raise UserError(f"env.clock={config.env.clock} is unknown; choose from {', '.join(CLOCKS)}.")
     return LiveFleet(task, executor, CLOCKS[config.env.clock], count_of(config.env.traces, "env.traces"))

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import kendalltau
-
 from flexirl.experiments.comparison import Row, summarise
 
 # What is set side by side: throughputs, promises kept, latencies, preemptions.
@@ -42,6 +40,8 @@ def side_by_side(first: Sequence[Row], second: Sequence[Row]) -> list[dict[str, 
 
 def rank_agreement(first: Sequence[Row], second: Sequence[Row]) -> float:
     """Kendall's tau between the orders of the policies by revenue: 1 is the same order, -1 the reverse."""
+    from scipy.stats import kendalltau  # a second to import, which whoever compares nothing need not wait
+
     theirs = {row["policy"]: row["revenue_per_s"] for row in summarise(second)}
     mine = {row["policy"]: row["revenue_per_s"] for row in summarise(first)}
     return float(kendalltau(list(mine.values()), [theirs[policy] for policy in mine]).statistic)

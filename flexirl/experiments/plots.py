@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from flexirl.envs.picture import DEFERRED_COLOUR, IMMEDIATE_COLOUR, NEUTRAL, new_figure, timeline_figure
 from flexirl.runtime.profile.engine import EngineProfile
 from flexirl.runtime.profile.step_time import COEFFICIENTS, design_matrix
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from flexirl.runtime.live.step import Step
 
 
@@ -80,6 +80,8 @@ def plot_calibration(
     folder: Path,
 ) -> None:  # fmt: skip
     """calibration.png: predicted against measured iterations, those fitted and those of the engine's own run."""
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
     figure = new_figure(9, 4.2)
     coefficients = np.array([profile.values[name] for name in COEFFICIENTS])
     panels = (

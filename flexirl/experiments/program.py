@@ -1,11 +1,15 @@
-"""What every program shares: Hydra configuration in; one sentence and exit code 2 where the user is wrong."""
+"""What every program shares: Hydra configuration in; one sentence and exit code 2 where the user is wrong.
+
+A program's body is a module of `flexirl.programs`, which takes libraries that are slow to import. It is imported once
+the configuration is composed and its plain values are checked, so that nobody waits to be told of a mistyped word.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import hydra
@@ -15,14 +19,20 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from flexirl.errors import UserError
+from flexirl.experiments.help import help_text
 from flexirl.experiments.overrides import spelled_out
 from flexirl.experiments.renamed import check_names_of_settings
+from flexirl.experiments.values import CONF, check_values
 
-_CONF = Path(__file__).resolve().parents[1] / "conf"
 
+def run_program(name: str, config_name: str | None = None) -> None:
+    """Runs `flexirl.programs.<name>` on its configuration with the command line's overrides.
 
-def run_program(config_name: str, body: Callable[[DictConfig], object]) -> None:
-    """Runs `body` on the configuration `conf/<config_name>.yaml` with the command line's overrides."""
+    config_name: of its file in `conf`, where it has another name than the program.
+    """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(help_text(name, config_name or name))
+        return
     sweep = any(argument in ("-m", "--multirun") for argument in sys.argv)
     sys.argv[1:] = [part for argument in sys.argv[1:] for part in spelled_out(argument, sweep)]
     # Hydra then raises what it would print, so that it can be said in a sentence.
@@ -32,17 +42,22 @@ def run_program(config_name: str, body: Callable[[DictConfig], object]) -> None:
 
     def guarded(config: DictConfig) -> object:
         try:
-            return body(config)
+            check_values(config)
+            body = importlib.import_module(f"flexirl.programs.{name}")
+            if config.get("progress", True):
+                importlib.import_module("flexirl.experiments.compiling").tell()  # takes Numba, as the body does
+            return body.run(config)
         except (UserError, HydraException, OmegaConfBaseException) as error:
             failed.append((_place() if sweep else "") + _sentence(error))
             return None
 
     try:
         check_names_of_settings(sys.argv[1:])
-        hydra.main(version_base="1.3", config_path=str(_CONF), config_name=config_name)(guarded)()
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name or name)(guarded)()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         failed.append(_sentence(error))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:  # whose words, if any, say how to go on
+        print(": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         sys.exit(130)
     finally:
         for sentence in failed:

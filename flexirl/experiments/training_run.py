@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zipfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,17 @@ from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from flexirl.envs.fleet import Fleet, Task
-from flexirl.envs.vector import BatchingVecEnv
+from flexirl.envs.sb3 import BatchingVecEnv
 from flexirl.errors import UserError
 from flexirl.experiments.comparison import Runner, on_live, on_surrogate, worth_of_dials
-from flexirl.experiments.configuration import count_of, load_executor, load_live_fleet, load_validation_tasks
+from flexirl.experiments.configuration import load_executor, load_live_fleet, load_validation_tasks
 from flexirl.experiments.seeds import TUNING_SEED
-from flexirl.policies.heuristics.fixed_dials import search_dials
+from flexirl.experiments.values import count_of
+from flexirl.policies.heuristics.fixed_dials import SETTINGS_SEARCHED, search_dials
 from flexirl.policies.interface.action import NUM_DIALS
 from flexirl.policies.training import probing
 from flexirl.policies.training.agents import ALGORITHMS, make_agent, start_at
+from flexirl.progress import progress_bar
 
 LESSONS = "lessons.npz"  # beside policy.zip while probing goes on
 TUNED_ON = 16  # tasks of a mixture on which the constant dials to start from are searched
@@ -95,8 +96,14 @@ def warm_start(
     tuning_seed = TUNING_SEED + 1000 * seed
     after = probing.NOTHING
     if resume is None:
-        worth = partial(worth_of_dials, tasks, episodes=max(3, len(tasks[:TUNED_ON])), seed=tuning_seed)
-        dials = search_dials(np.zeros(NUM_DIALS), worth, seed)
+        with progress_bar(SETTINGS_SEARCHED, " settings", progress, desc="searching dials", leave=False) as bar:
+
+            def worth(settings: np.ndarray) -> np.ndarray:
+                found = worth_of_dials(tasks, settings, max(3, len(tasks[:TUNED_ON])), tuning_seed)
+                bar.update(len(settings))
+                return found
+
+            dials = search_dials(np.zeros(NUM_DIALS), worth, seed)
         print(f"starting from the best constant dials found: {np.round(dials, 2).tolist()}")
         start_at(agent, dials.tolist())
     elif resume.with_name(LESSONS).is_file():

@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from types import ModuleType
 from typing import Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special, stats
+from scipy import special
 
 from flexirl.errors import UserError
 
@@ -269,11 +270,11 @@ def _segment_sizes(distribution: DistributionName, skew: float, segments: int) -
         case "uniform":
             sizes = 1 - skew + 2 * skew * at
         case "poisson":
-            sizes = stats.poisson.ppf(at, skew**-2)
+            sizes = _stats().poisson.ppf(at, skew**-2)
         case "gaussian":
-            sizes = stats.truncnorm.ppf(at, -1 / skew, np.inf, loc=1, scale=skew)
+            sizes = _stats().truncnorm.ppf(at, -1 / skew, np.inf, loc=1, scale=skew)
         case "inverse_gaussian":
-            sizes = stats.invgauss.ppf(at, skew**2, scale=skew**-2)
+            sizes = _stats().invgauss.ppf(at, skew**2, scale=skew**-2)
         case "zipf":
             sizes = np.arange(1, segments + 1, dtype=np.float64) ** -float(skew)
     if not sizes.sum() > 0:  # too few segments for so sparse a distribution: every quantile is 0
@@ -281,6 +282,13 @@ def _segment_sizes(distribution: DistributionName, skew: float, segments: int) -
     sizes = np.asarray(sizes / sizes.sum(), dtype=np.float64)
     sizes.setflags(write=False)
     return sizes
+
+
+def _stats() -> ModuleType:
+    # A second to import, for which only scenarios with such spreads wait.
+    from scipy import stats
+
+    return stats
 
 
 def _accept(draw: Callable[[int], Times], count: int) -> Times:

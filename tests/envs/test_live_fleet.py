@@ -20,7 +20,7 @@ import flexirl  # noqa: F401 - registers the environments
 from flexirl.envs.batching import BatchingEnv
 from flexirl.envs.fleet import Fleet, Task
 from flexirl.envs.live import LiveFleet
-from flexirl.envs.vector import BatchingVecEnv
+from flexirl.envs.sb3 import BatchingVecEnv
 from flexirl.errors import UserError
 from flexirl.policies.interface.action import NUM_DIALS
 from flexirl.runtime.live.clock import WallClock

@@ -15,7 +15,8 @@ from stable_baselines3.common.monitor import Monitor
 
 from flexirl.envs.batching import BatchingEnv
 from flexirl.envs.fleet import Fleet
-from flexirl.envs.vector import BatchingVecEnv, BatchingVectorEnv
+from flexirl.envs.sb3 import BatchingVecEnv
+from flexirl.envs.vector import BatchingVectorEnv
 from flexirl.policies.interface.action import NUM_DIALS, PREEMPTS
 from flexirl.workloads.trace import DEFERRED
 

@@ -12,6 +12,7 @@ import numba as nb
 import numpy as np
 from numba.experimental import structref
 
+from flexirl.compiled import compiled
 from flexirl.policies.deploy.network import Network, run_network
 from flexirl.policies.interface.action import GRID, PREEMPTS, set_dials, set_scores
 from flexirl.policies.interface.observation import new_observers, observe
@@ -43,8 +44,7 @@ class Decider(structref.StructRefProxy):
 
     def __new__(cls, *parts: Any) -> Decider:
         """The arrays are shared, not copied."""
-        decider: Decider = structref.StructRefProxy.__new__(cls, *parts)
-        return decider
+        return _new_decider(*parts)
 
 
 structref.define_proxy(
@@ -52,6 +52,12 @@ structref.define_proxy(
     _DeciderType,
     ["arrays", "network", "settings", "observer", "decision", "observed", "raw"],
 )
+
+
+@compiled
+def _new_decider(arrays, network, settings, observer, decision, observed, raw):
+    # The proxy's own constructor is compiled anew in every process.
+    return Decider(arrays, network, settings, observer, decision, observed, raw)
 
 
 def new_decider(
@@ -71,7 +77,7 @@ def new_decider(
     return Decider(view.arrays, network, settings, observer, decision, observed, raw)
 
 
-@nb.njit(cache=True)
+@compiled
 def decide(decider: Any) -> bool:
     """Overwrites the decision; False, and it stays as it is, for numbers that are not finite."""
     view, settings, raw, decision = decider.arrays, decider.settings[0], decider.raw, decider.decision[0]

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from flexirl.compiled import compiled
 from flexirl.errors import UserError
 
 ACTIVATIONS = ("Tanh", "Relu")
@@ -159,7 +160,7 @@ def run_network(network: Network, observed: np.ndarray, out: np.ndarray) -> None
     out /= np.float32(len(network.numbers))
 
 
-@nb.njit(cache=True)
+@compiled
 def run_each(network: Network, observed: np.ndarray) -> np.ndarray:
     """`run_network` for each row: float32 (n, observations) to (n, numbers)."""
     out = np.empty((len(observed), network.sizes[-1]), np.float32)

@@ -48,6 +48,8 @@ class FixedDials(Heuristic):
         decision[()] = decision_from_dials(self.positions, view.slo.tpot_s)
 
 
+SETTINGS_SEARCHED = 1 + DIALS_RANDOM + DIALS_ROUNDS * 2 * len(DIALS)  # by `search_dials`
+
 Worth = Callable[[np.ndarray], np.ndarray]  # of dial settings: (n, dials) to (n,), in any unit
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba as nb
 import numpy as np
 
+from flexirl.compiled import compiled
 from flexirl.policies.interface.decision import (
     ARRIVAL,
     CHEAPER,
@@ -70,7 +70,7 @@ GRID_ZERO = GRID.index((0.0,) * NUM_DIALS)  # the choice that leaves all dials a
 PREEMPTS = len(GRID) - 1  # the choice that preempts: masked where nothing deferred runs
 
 
-@nb.njit(cache=True)
+@compiled
 def set_dials(decision, dials: np.ndarray, tpot_s: float, immediate_order: int, deferred_order: int) -> None:
     """Writes what `dials` (float, NUM_DIALS, cut to [-1, 1]) stand for into `decision`, a `DECISION` record."""
     decision.discipline = CLASSES
@@ -99,7 +99,7 @@ def set_dials(decision, dials: np.ndarray, tpot_s: float, immediate_order: int, 
     decision.deferred_margin_s = (160.0 + 160.0 * dials[7]) * tpot_s
 
 
-@nb.njit(cache=True)
+@compiled
 def set_scores(decision, scores: np.ndarray, visible: np.ndarray, tpot_s: float) -> None:
     """Scores the visible requests (scores: float, VISIBLE, in [-1, 1]; visible: `SEEN`); else as dials at zero.
 

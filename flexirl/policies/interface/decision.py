@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba as nb
 import numpy as np
+
+from flexirl.compiled import compiled
 
 # Queue orders. DEADLINE sorts by deadline + order_weight_s x remaining tokens: EDF at 0, laxity below, QoServe above.
 # SHORTEST by remaining tokens. Of deferred requests, predicted output counts as the prefill that takes as long.
@@ -100,7 +101,7 @@ _DISCIPLINE, _IMMEDIATE_ORDER, _DEFERRED_ORDER, _VICTIM, _PREEMPTION, _BUDGET, _
 _RELEGATE = _PLACES["relegate"]
 
 
-@nb.njit(cache=True)
+@compiled
 def _fault(decisions: np.ndarray) -> int:
     """Number of the first field that cannot be carried out, or -1. NaN is never meant; infinity may be."""
     decision = decisions[0]

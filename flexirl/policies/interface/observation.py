@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba as nb
 import numpy as np
 
+from flexirl.compiled import compiled
 from flexirl.policies.interface.view import AHEAD_LIMIT, NONE, VISIBLE, ViewArrays
 from flexirl.runtime.profile.step_time import decode_step_time, prefill_slope
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
@@ -139,7 +139,7 @@ def new_observers(count: int, with_requests: bool) -> Observer:
     )  # fmt: skip
 
 
-@nb.njit(cache=True)
+@compiled
 def one_observer(observers: Observer, m: int) -> Observer:
     """Number m of many."""
     return Observer(
@@ -148,7 +148,7 @@ def one_observer(observers: Observer, m: int) -> Observer:
     )  # fmt: skip
 
 
-@nb.njit(cache=True)
+@compiled
 def _remember(view: ViewArrays, memory) -> float:
     """Moves the running means to now; returns the mean step since the last observation, or 0."""
     now, immediate, deferred = view.now[0], view.groups[IMMEDIATE], view.groups[DEFERRED]
@@ -192,7 +192,7 @@ def _remember(view: ViewArrays, memory) -> float:
     return step_s
 
 
-@nb.njit(cache=True)
+@compiled
 def observe(view: ViewArrays, observer: Observer, out: np.ndarray) -> None:
     """Fills `out` (float32) with the observation: `TABLE`, then, if it looks at them, `REQUEST_TABLE` per request."""
     numbers, memory, promise = observer.numbers[0], observer.memory[0], view.promise[0]
@@ -213,7 +213,7 @@ def observe(view: ViewArrays, observer: Observer, out: np.ndarray) -> None:
         out[size + i] = min(max(observer.flat_requests[i], observer.low[size + i]), observer.high[size + i])
 
 
-@nb.njit(cache=True)
+@compiled
 def _observe_immediate(view: ViewArrays, slope_per_ttft: float, numbers) -> None:
     immediate, engine, promise = view.groups[IMMEDIATE], view.profile[0], view.promise[0]
     numbers.immediate_waiting = np.log1p(immediate.waiting - immediate.relegated) / 5.0
@@ -231,7 +231,7 @@ def _observe_immediate(view: ViewArrays, slope_per_ttft: float, numbers) -> None
     numbers.immediate_given_up = np.log1p(immediate.relegated) / 5.0
 
 
-@nb.njit(cache=True)
+@compiled
 def _observe_deferred(view: ViewArrays, slope_per_ttft: float, numbers) -> None:
     deferred, engine, promise = view.groups[DEFERRED], view.profile[0], view.promise[0]
     numbers.deferred_waiting = np.log1p(deferred.waiting) / 5.0
@@ -248,7 +248,7 @@ def _observe_deferred(view: ViewArrays, slope_per_ttft: float, numbers) -> None:
     numbers.deferred_unprefilled = deferred.unprefilled * slope_per_ttft
 
 
-@nb.njit(cache=True)
+@compiled
 def _observe_engine(view: ViewArrays, slope_per_ttft: float, numbers) -> None:
     now, engine, tpot_s = view.now[0], view.profile[0], view.promise[0].tpot_s
     immediate, deferred = view.groups[IMMEDIATE], view.groups[DEFERRED]
@@ -261,7 +261,7 @@ def _observe_engine(view: ViewArrays, slope_per_ttft: float, numbers) -> None:
     numbers.cache_prefill = np.log1p(engine.kv_blocks * engine.block_size * slope_per_ttft) / 2.0
 
 
-@nb.njit(cache=True)
+@compiled
 def _observe_past(memory, ttft_s: float, numbers) -> None:
     numbers.arrivals_1s = memory.arrivals_1s
     numbers.arrivals_5s = memory.arrivals_5s
@@ -275,13 +275,13 @@ def _observe_past(memory, ttft_s: float, numbers) -> None:
     numbers.deferred_output = _output_per_finished(memory, DEFERRED)
 
 
-@nb.njit(cache=True)
+@compiled
 def _output_per_finished(memory, c: int) -> float:
     finished = memory.finished_30s[c]
     return np.log1p(memory.output_30s[c] / finished) / 5.0 if finished > 0 else 0.0
 
 
-@nb.njit(cache=True)
+@compiled
 def _observe_request(view: ViewArrays, i: int, slope_per_ttft: float, numbers) -> None:
     request, engine = view.visible[i], view.profile[0]
     numbers.present = 0.0

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numba as nb
 import numpy as np
 
+from flexirl.compiled import compiled
 from flexirl.runtime.profile.engine import ENGINE
 from flexirl.workloads.slo import SLO
 from flexirl.workloads.trace import IMMEDIATE
@@ -154,7 +154,7 @@ def new_arrays(engines: int, visible: int = VISIBLE) -> ViewArrays:
     return arrays
 
 
-@nb.njit(cache=True)
+@compiled
 def one_view(arrays: ViewArrays, m: int) -> ViewArrays:
     """The view of engine number m of many."""
     return ViewArrays(arrays.now[m], arrays.groups[m], arrays.visible[m], arrays.profile[m], arrays.promise[m])
@@ -181,7 +181,7 @@ def read_only(arrays: ViewArrays) -> ViewArrays:
     return ViewArrays(*views)
 
 
-@nb.njit(cache=True)
+@compiled
 def tally_running(requests: np.ndarray, running: np.ndarray, count: int, now_s: float, groups: np.ndarray) -> None:
     """Counts the running requests into `groups`: from `unprefilled` to `ahead_sum`.
 

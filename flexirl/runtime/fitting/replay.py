@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numba as nb
 import numpy as np
 
+from flexirl.compiled import compiled
 from flexirl.errors import UserError
 from flexirl.policies.interface.policy import Policy
 from flexirl.runtime.fitting.operators import read_meta
@@ -176,7 +176,7 @@ def replay(
     return served, np.array(series, dtype=SERIES)
 
 
-@nb.njit(cache=True)
+@compiled
 def _advance(
     state: State, trace: np.ndarray, asynchronous: bool, queued_s: np.ndarray, choices: np.ndarray, until_s: float
 ) -> None:
@@ -209,7 +209,7 @@ def _advance(
         choice.now_s = scheduler.now_s
 
 
-@nb.njit(cache=True)
+@compiled
 def _plan(state: State, choice) -> None:
     """Plans the next iteration with what `choice` knew: what ended later still has its blocks and its seat."""
     scheduler, engine = state.scheduler[0], state.engine[0]

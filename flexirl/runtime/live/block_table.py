@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba as nb
 import numpy as np
 
+from flexirl.compiled import compiled
 from flexirl.runtime.scheduler.state import RUNNING, WAITING, State
 
 
@@ -39,7 +39,7 @@ def new_block_table(max_requests: int, num_blocks: int, longest: int) -> BlockTa
     )
 
 
-@nb.njit(cache=True)
+@compiled
 def reconcile(state: State, table: BlockTable, swapped_out: np.ndarray, swapped_in: np.ndarray) -> tuple[int, int]:
     """Makes the table agree with the counts of the scheduler; call it after each `plan`, before anything is computed.
 

@@ -11,6 +11,7 @@ import numba as nb
 import numpy as np
 from numba.experimental import structref
 
+from flexirl.compiled import compiled
 from flexirl.runtime.live.block_table import BlockTable, reconcile
 from flexirl.runtime.profile.engine import EngineProfile
 from flexirl.runtime.scheduler.books import best_effort
@@ -69,11 +70,16 @@ class LiveState(structref.StructRefProxy):
 
     def __new__(cls, state: State, table: BlockTable, arrays: RequestArrays, flat: FlatBatch) -> LiveState:
         """The arrays are shared, not copied."""
-        live: LiveState = structref.StructRefProxy.__new__(cls, state, table, arrays, flat)
-        return live
+        return _new_live_state(state, table, arrays, flat)
 
 
 structref.define_proxy(LiveState, _LiveStateType, ["state", "table", "arrays", "flat"])
+
+
+@compiled
+def _new_live_state(state: State, table: BlockTable, arrays: RequestArrays, flat: FlatBatch) -> LiveState:
+    # The proxy's own constructor is compiled anew in every process.
+    return LiveState(state, table, arrays, flat)
 
 
 class Counts(NamedTuple):
@@ -122,7 +128,7 @@ def new_flat_batch(profile: EngineProfile, longest: int) -> FlatBatch:
     )
 
 
-@nb.njit(cache=True)
+@compiled
 def prepare(live: LiveState, save_blocks: int) -> tuple[int, int, int, int, int, int, int, bool, int]:
     """Plans the next iteration, brings the block table up to date and writes the flattened batch; returns `Counts`.
 
@@ -176,7 +182,7 @@ def prepare(live: LiveState, save_blocks: int) -> tuple[int, int, int, int, int,
     return requests, tokens, widest, sampled, swapped_out, swapped_in, saved, urgent, _ended_otherwise(state)
 
 
-@nb.njit(cache=True)
+@compiled
 def finish(live: LiveState, tokens: np.ndarray, is_end: np.ndarray, elapsed_s: float) -> tuple[int, int]:
     """Books the sampled tokens and commits the iteration.
 
@@ -199,12 +205,12 @@ def finish(live: LiveState, tokens: np.ndarray, is_end: np.ndarray, elapsed_s: f
     return ended, _ended_otherwise(state)
 
 
-@nb.njit(cache=True)
+@compiled
 def _ended_otherwise(state: State) -> int:
     return state.classes[0].ended_otherwise + state.classes[1].ended_otherwise
 
 
-@nb.njit(cache=True)
+@compiled
 def uniform(seed: np.uint64, number: int) -> float:
     """A uniform number in (0, 1) that depends on its arguments alone, so that a schedule cannot change what is drawn.
 

@@ -6,15 +6,15 @@ A live engine takes requests as they come; its promises are kept in order of due
 
 from __future__ import annotations
 
-import numba as nb
 import numpy as np
 
+from flexirl.compiled import compiled
 from flexirl.runtime.scheduler.intake import fill_in, submit
 from flexirl.runtime.scheduler.state import State
 from flexirl.workloads.trace import IMMEDIATE
 
 
-@nb.njit(cache=True)
+@compiled
 def enter(state: State, r: int, rows: np.ndarray) -> None:
     """Takes the request in `rows` (`TRACE_ROW`, (1,)) into place r of the table, which is free, and submits it."""
     request = state.requests[r]
@@ -24,7 +24,7 @@ def enter(state: State, r: int, rows: np.ndarray) -> None:
     submit(state, r)
 
 
-@nb.njit(cache=True)
+@compiled
 def leave(state: State, r: int) -> None:
     """Forgets the promise to request r, which has ended, so that its place can be given to another."""
     scheduler = state.scheduler[0]
@@ -36,7 +36,7 @@ def leave(state: State, r: int) -> None:
             return
 
 
-@nb.njit(cache=True)
+@compiled
 def _promise(state: State, r: int) -> None:
     """Inserts request r by the time its first token is due: from the end, since most are due after all others."""
     scheduler, promises = state.scheduler[0], state.promises

@@ -6,12 +6,13 @@ asks for more gets what is left (`Trace.within`), so that only a prompt that lea
 
 from __future__ import annotations
 
-import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
+from flexirl.compiled import compiled
 
-@nb.njit(cache=True)
+
+@compiled
 def longest_sequence(engine) -> int:
     """Tokens of the longest sequence: what the model takes, or a whole KV cache; `engine` is one `ENGINE` record."""
     return min(engine.max_model_len, engine.kv_blocks * engine.block_size)

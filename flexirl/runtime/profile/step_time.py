@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit
-from scipy.optimize import nnls
 
+from flexirl.compiled import compiled
 from flexirl.errors import UserError
 
 BATCH = np.dtype(
@@ -58,7 +57,7 @@ COEFFICIENTS = (
 )
 
 
-@njit(cache=True)
+@compiled
 def _seconds(engine, prefill, decodes, sampled, decode_context, chunk_context, image_tokens, swap_tokens):
     tokens = prefill + decodes
     seconds = (
@@ -84,7 +83,7 @@ def _seconds(engine, prefill, decodes, sampled, decode_context, chunk_context, i
     return seconds
 
 
-@njit(cache=True)
+@compiled
 def step_time(engine, batch):
     """Seconds that one iteration takes, without noise; `engine` is an `ENGINE` record, `batch` a `BATCH` record."""
     return _seconds(
@@ -99,13 +98,13 @@ def step_time(engine, batch):
     )
 
 
-@njit(cache=True)
+@compiled
 def decode_step_time(engine, sequences: int, context: float) -> float:
     """Seconds of an iteration of `sequences` decodes and nothing else, which attend to `context` tokens together."""
     return _seconds(engine, 0, sequences, sequences, context, 0.0, 0.0, 0.0)
 
 
-@njit(cache=True)
+@compiled
 def step_time_with_decodes(engine, batch, sequences, context):
     """The same if more decodes, which attend to `context` tokens together, joined the batch."""
     return _seconds(
@@ -120,7 +119,7 @@ def step_time_with_decodes(engine, batch, sequences, context):
     )
 
 
-@njit(cache=True)
+@compiled
 def step_time_with_chunk(engine, batch, context, chunk, image_tokens):
     """The same if a prefill chunk of `chunk` tokens, behind `context` computed ones, joined with its image tokens."""
     return _seconds(
@@ -135,13 +134,13 @@ def step_time_with_chunk(engine, batch, context, chunk, image_tokens):
     )
 
 
-@njit(cache=True)
+@compiled
 def prefill_slope(engine):
     """Seconds that one more prefill token adds to a large iteration, attention aside."""
     return engine.per_token_s + engine.per_token_64_s + engine.per_token_128_s + engine.per_token_256_s
 
 
-@njit(cache=True)
+@compiled
 def decodes_cost(engine, decodes: int, context: float) -> float:
     """Seconds that `decodes` decodes, attending to `context` tokens together, add to a large iteration."""
     per_decode_s = prefill_slope(engine) + engine.per_sequence_s
@@ -193,6 +192,8 @@ def fit(features: np.ndarray, times_s: np.ndarray, seed: int = 0, weights: np.nd
     zero in every row keeps the coefficient 0.
     Raises UserError for fewer than 8 rows or times that are not positive and finite.
     """
+    from scipy.optimize import nnls  # takes longer to import than everything else here, and only fits need it
+
     times_s = np.asarray(times_s, dtype=float)
     if len(times_s) != len(features) or len(times_s) < 8:
         raise UserError(f"A step-time fit needs at least 8 iterations with one time each; got {len(times_s)}.")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numba as nb
 import numpy as np
 
+from flexirl.compiled import compiled
 from flexirl.policies.interface.decision import ONE_QUEUE
 from flexirl.policies.interface.view import NONE
 from flexirl.runtime.profile.step_time import prefill_slope
@@ -17,7 +17,7 @@ from flexirl.runtime.scheduler.state import EXPIRED, RUNNING, State
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 
-@nb.njit(cache=True)
+@compiled
 def admit_waiting(state: State, immediate: bool, deferred: bool) -> None:
     """Admits from the head of the queue until the head must wait. What was evicted in this iteration stays out."""
     scheduler = state.scheduler[0]
@@ -38,7 +38,7 @@ def admit_waiting(state: State, immediate: bool, deferred: bool) -> None:
             return
 
 
-@nb.njit(cache=True)
+@compiled
 def next_to_admit(state: State, immediate: bool, deferred: bool) -> int:
     """The request to admit next, or NONE. Relegated immediate requests come after deferred ones."""
     if state.decision[0].discipline == ONE_QUEUE:
@@ -53,7 +53,7 @@ def next_to_admit(state: State, immediate: bool, deferred: bool) -> int:
     return second if second != NONE or urgent else first
 
 
-@nb.njit(cache=True)
+@compiled
 def start_by_s(decision, request) -> float:
     """When a deferred request must have started, or it goes behind the others of its class.
 
@@ -63,7 +63,7 @@ def start_by_s(decision, request) -> float:
     return request.deadline_s - margin_s
 
 
-@nb.njit(cache=True)
+@compiled
 def _hopeless(state: State, r: int) -> bool:
     """True if a request is to be given up: see `relegate` and `deferred_margin_s` in `DECISION`."""
     engine, request, decision = state.engine[0], state.requests[r], state.decision[0]
@@ -80,7 +80,7 @@ def _hopeless(state: State, r: int) -> bool:
     return state.scheduler[0].now_s + decision.relegate * alone_s > request.ttft_deadline_s
 
 
-@nb.njit(cache=True)
+@compiled
 def _admit(state: State, r: int) -> bool:
     """Moves waiting request r into the batch if seats, memory and step target allow; its first chunk runs now."""
     scheduler, decision, engine = state.scheduler[0], state.decision[0], state.engine[0]
@@ -117,7 +117,7 @@ def _admit(state: State, r: int) -> bool:
     return True
 
 
-@nb.njit(cache=True)
+@compiled
 def shut_out(state: State, r: int) -> bool:
     """True if waiting request r, which may wait, lacks leave, a seat or memory to join, whatever the step target."""
     scheduler, decision, engine = state.scheduler[0], state.decision[0], state.engine[0]
@@ -127,7 +127,7 @@ def shut_out(state: State, r: int) -> bool:
     return decision.preempt_count > 0 or not _has_room(state, r)
 
 
-@nb.njit(cache=True)
+@compiled
 def _has_room(state: State, r: int) -> bool:
     """True if there are a seat and memory for waiting request r."""
     if seats_taken(state) >= state.engine[0].max_running:
@@ -135,7 +135,7 @@ def _has_room(state: State, r: int) -> bool:
     return _needed_blocks(state, r, True) <= state.scheduler[0].free_blocks
 
 
-@nb.njit(cache=True)
+@compiled
 def _make_room(state: State, r: int) -> bool:
     """Evicts work that may wait until waiting request r has memory and a seat, but only if that can succeed."""
     scheduler = state.scheduler[0]
@@ -152,7 +152,7 @@ def _make_room(state: State, r: int) -> bool:
     return True
 
 
-@nb.njit(cache=True)
+@compiled
 def _reusable_tokens(state: State, r: int) -> int:
     """Tokens of a waiting request that need no computing: swapped out, still cached, or a shared prefix."""
     request, engine = state.requests[r], state.engine[0]
@@ -166,7 +166,7 @@ def _reusable_tokens(state: State, r: int) -> int:
     return min(cached, (request.prompt_tokens + request.generated - 1) // block_size) * block_size
 
 
-@nb.njit(cache=True)
+@compiled
 def _needed_blocks(state: State, r: int, beside_best_effort: bool) -> int:
     """Free blocks that waiting request r needs: its whole sequence so far, and what is set aside for the future.
 
@@ -185,7 +185,7 @@ def _needed_blocks(state: State, r: int, beside_best_effort: bool) -> int:
     return need
 
 
-@nb.njit(cache=True)
+@compiled
 def _lifetime_blocks(decision, engine, request, ratio: float) -> int:
     """Blocks of a request once it has made this share of the output it still may make."""
     more = ratio * min(float(request.max_tokens - request.generated), decision.reserve_clip)

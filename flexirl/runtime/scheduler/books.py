@@ -5,6 +5,7 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
+from flexirl.compiled import compiled
 from flexirl.runtime.scheduler.kv_cache import forget, release
 from flexirl.runtime.scheduler.queues import remove
 from flexirl.runtime.scheduler.state import (
@@ -39,7 +40,7 @@ def seats_taken(state: State) -> int:
     return state.classes[IMMEDIATE].running + state.classes[DEFERRED].running
 
 
-@nb.njit(cache=True)
+@compiled
 def itl_bin(gap_s: float) -> int:
     """The bin of `state.itl_bin_edges` that an inter-token latency of `gap_s` seconds falls into."""
     return min(max(int((np.log10(max(gap_s, 1e-12)) + 5.0) * 32.0), 0), ITL_BINS - 1)
@@ -50,7 +51,7 @@ def total_blocks(state: State) -> int:
     return state.engine[0].kv_blocks
 
 
-@nb.njit(cache=True)
+@compiled
 def compact(state: State) -> None:
     """Drops from the running list what no longer runs, keeping its order."""
     scheduler = state.scheduler[0]
@@ -63,7 +64,7 @@ def compact(state: State) -> None:
     scheduler.running = kept
 
 
-@nb.njit(cache=True)
+@compiled
 def join_tenant(state: State, tenant: int) -> None:
     """Counts a request in; a tenant that returns is lifted to the least service among the active (VTC)."""
     if state.tenants[tenant].active == 0:
@@ -76,7 +77,7 @@ def join_tenant(state: State, tenant: int) -> None:
     state.tenants[tenant].active += 1
 
 
-@nb.njit(cache=True)
+@compiled
 def book_prompt(state: State, r: int) -> None:
     """Credits prompt tokens computed for the first time."""
     request = state.requests[r]
@@ -87,7 +88,7 @@ def book_prompt(state: State, r: int) -> None:
         state.tenants[request.tenant].service += INPUT_SERVICE * fresh
 
 
-@nb.njit(cache=True)
+@compiled
 def book_first_token(state: State, r: int, now_s: float) -> None:
     request = state.requests[r]
     request.first_token_s = now_s
@@ -103,7 +104,7 @@ def last_token_due_s(request, first_token_s: float) -> float:
     return first_token_s + request.tpot_slo_s * max(request.output_tokens - 1, 0) * (1.0 + 1e-9)
 
 
-@nb.njit(cache=True)
+@compiled
 def _book_loss(state: State, r: int) -> None:
     """Books once that the promise to request r is broken."""
     request = state.requests[r]
@@ -122,7 +123,7 @@ def overdue(scheduler, request) -> bool:
     return (request.missed == 0) & (scheduler.now_s + left * scheduler.fastest_step_s > request.deadline_s)
 
 
-@nb.njit(cache=True)
+@compiled
 def settle_running(state: State, r: int) -> bool:
     """Books the promise that running request r broke; True if its window closed and it ended for that."""
     scheduler, request = state.scheduler[0], state.requests[r]
@@ -136,7 +137,7 @@ def settle_running(state: State, r: int) -> bool:
     return True
 
 
-@nb.njit(cache=True)
+@compiled
 def settle_first_tokens(state: State) -> None:
     """Books the loss of every request whose first token fell due unmade. `promises` is sorted by due time.
 
@@ -152,14 +153,14 @@ def settle_first_tokens(state: State) -> None:
         scheduler.promises_next += 1
 
 
-@nb.njit(cache=True)
+@compiled
 def end_running(state: State, r: int, now_s: float) -> None:
     state.classes[state.requests[r].request_class].running -= 1
     release(state, r, 0)
     book_end(state, r, now_s)
 
 
-@nb.njit(cache=True)
+@compiled
 def end_waiting(state: State, r: int, status: int) -> None:
     remove(state, r)
     forget(state, r)
@@ -169,7 +170,7 @@ def end_waiting(state: State, r: int, status: int) -> None:
     book_end(state, r, state.scheduler[0].now_s)
 
 
-@nb.njit(cache=True)
+@compiled
 def book_end(state: State, r: int, now_s: float) -> None:
     """Books how request r, no longer in the system, ended: promise kept, or broken and its tokens void."""
     request = state.requests[r]

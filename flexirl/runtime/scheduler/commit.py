@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numba as nb
 import numpy as np
 
+from flexirl.compiled import compiled
 from flexirl.runtime.scheduler.books import (
     OUTPUT_SERVICE,
     book_first_token,
@@ -27,7 +27,7 @@ from flexirl.runtime.scheduler.state import (
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 
-@nb.njit(cache=True)
+@compiled
 def commit(state: State, elapsed_s: float) -> None:
     """Books the planned iteration, which took `elapsed_s` seconds: progress, tokens, broken promises, who ended."""
     scheduler = state.scheduler[0]
@@ -82,7 +82,7 @@ def commit(state: State, elapsed_s: float) -> None:
     settle_first_tokens(state)
 
 
-@nb.njit(cache=True)
+@compiled
 def stop_after(state: State, r: int) -> None:
     """Makes the token that request r samples in the planned iteration its last one.
 
@@ -98,7 +98,7 @@ def stop_after(state: State, r: int) -> None:
         request.deadline_s = min(request.deadline_s, last_token_due_s(request, request.first_token_s))
 
 
-@nb.njit(cache=True)
+@compiled
 def abandon(state: State, elapsed_s: float) -> None:
     """Books that the planned iteration was broken off after `elapsed_s` seconds: none of its tokens was computed."""
     scheduler = state.scheduler[0]
@@ -114,7 +114,7 @@ def abandon(state: State, elapsed_s: float) -> None:
     settle(state)
 
 
-@nb.njit(cache=True)
+@compiled
 def settle(state: State) -> None:
     """Books what fell due while the clock moved without an iteration: broken promises, windows that closed."""
     scheduler = state.scheduler[0]

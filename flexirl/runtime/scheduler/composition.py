@@ -5,6 +5,7 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
+from flexirl.compiled import compiled
 from flexirl.runtime.profile.step_time import step_time_with_chunk, step_time_with_decodes
 from flexirl.runtime.scheduler.books import best_effort
 from flexirl.runtime.scheduler.queues import owed_tokens
@@ -14,7 +15,7 @@ from flexirl.runtime.scheduler.state import State
 MIN_CHUNK = 64
 
 
-@nb.njit(cache=True)
+@compiled
 def chunk_within_target(state: State, r: int, start: int) -> int:
     """Tokens of request r to prefill from position `start`: within budget and the step target of its kind of work."""
     scheduler, batch = state.scheduler[0], state.batch[0]
@@ -48,7 +49,7 @@ def _step_with(engine, batch, request, start: int, tokens: int) -> float:
     return step_s + engine.per_sequence_s if samples else step_s
 
 
-@nb.njit(cache=True)
+@compiled
 def image_tokens_of_chunk(request, start: int, tokens: int) -> float:
     """Image tokens to encode for a chunk: images stand at the front of the prompt, each is encoded when reached."""
     images, length = np.int64(request.num_images), request.image_tokens

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numba as nb
 import numpy as np
 
+from flexirl.compiled import compiled
 from flexirl.runtime.profile.fits import longest_sequence
 from flexirl.runtime.scheduler.books import (
     book_end,
@@ -24,7 +24,7 @@ from flexirl.runtime.scheduler.state import (
 from flexirl.workloads.trace import IMMEDIATE
 
 
-@nb.njit(cache=True)
+@compiled
 def fill_in(request, row) -> None:
     """Copies what the client asked for from a `TRACE_ROW` record into a `REQUEST` record; `submit` does the rest."""
     request.arrival_s = row.arrival_s
@@ -42,7 +42,7 @@ def fill_in(request, row) -> None:
     request.prefix_tokens = row.prefix_tokens
 
 
-@nb.njit(cache=True)
+@compiled
 def submit(state: State, r: int) -> None:
     """Takes in request r, whose client's side is filled in: queues it, or rejects what could never fit."""
     scheduler, request = state.scheduler[0], state.requests[r]
@@ -72,7 +72,7 @@ def submit(state: State, r: int) -> None:
         push(state, r)
 
 
-@nb.njit(cache=True)
+@compiled
 def cancel(state: State, r: int) -> None:
     """Ends request r between two iterations and frees all it holds; nothing happens if it has ended already."""
     request = state.requests[r]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numba as nb
 
+from flexirl.compiled import compiled
 from flexirl.runtime.scheduler.state import State
 
 NOBODY = -1
@@ -21,7 +22,7 @@ def blocks_for(tokens: int, block_size: int) -> int:
     return (tokens + block_size - 1) // block_size
 
 
-@nb.njit(cache=True)
+@compiled
 def allocate(state: State, r: int, blocks: int) -> None:
     """Gives request r `blocks` free blocks; the caller has made sure that there are as many."""
     scheduler = state.scheduler[0]
@@ -33,7 +34,7 @@ def allocate(state: State, r: int, blocks: int) -> None:
         _reallocate_oldest(state, blocks)
 
 
-@nb.njit(cache=True)
+@compiled
 def release(state: State, r: int, reusable_tokens: int) -> None:
     """Frees all blocks of request r; `reusable_tokens` of its sequence may be taken up again if it returns."""
     scheduler = state.scheduler[0]
@@ -53,7 +54,7 @@ def release(state: State, r: int, reusable_tokens: int) -> None:
     request.kv_blocks = 0
 
 
-@nb.njit(cache=True)
+@compiled
 def trim(state: State, r: int, blocks: int) -> None:
     """Frees the blocks of request r beyond its first `blocks`, which hold nothing yet."""
     request = state.requests[r]
@@ -67,7 +68,7 @@ def trim(state: State, r: int, blocks: int) -> None:
     request.kv_blocks = blocks
 
 
-@nb.njit(cache=True)
+@compiled
 def reclaim(state: State, r: int) -> None:
     """Gives request r back the blocks of its own that nobody else was given."""
     request = state.requests[r]
@@ -82,7 +83,7 @@ def reclaim(state: State, r: int) -> None:
     state.classes[request.request_class].kv_blocks += blocks
 
 
-@nb.njit(cache=True)
+@compiled
 def forget(state: State, r: int) -> None:
     """Request r will not use its freed blocks again: they become anyone's."""
     scheduler = state.scheduler[0]
@@ -95,7 +96,7 @@ def forget(state: State, r: int) -> None:
             scheduler.ring_count = 0
 
 
-@nb.njit(cache=True)
+@compiled
 def _append(state: State, owner: int, blocks: int) -> int:
     scheduler = state.scheduler[0]
     capacity = len(state.ring)
@@ -108,7 +109,7 @@ def _append(state: State, owner: int, blocks: int) -> int:
     return at
 
 
-@nb.njit(cache=True)
+@compiled
 def _drop_empty_segments(state: State) -> None:
     scheduler = state.scheduler[0]
     capacity = len(state.ring)
@@ -127,7 +128,7 @@ def _drop_empty_segments(state: State) -> None:
     scheduler.ring_count = kept
 
 
-@nb.njit(cache=True)
+@compiled
 def _reallocate_oldest(state: State, blocks: int) -> None:
     scheduler = state.scheduler[0]
     while blocks > 0 and scheduler.cached_blocks > 0:

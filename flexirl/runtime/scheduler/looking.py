@@ -8,6 +8,7 @@ import numba as nb
 import numpy as np
 from numba.experimental import structref
 
+from flexirl.compiled import compiled
 from flexirl.policies.interface.view import (
     NONE,
     SEEN,
@@ -17,6 +18,7 @@ from flexirl.policies.interface.view import (
     idle_arrays,
     tally_running,
 )
+from flexirl.runtime.borrow import borrow
 from flexirl.runtime.scheduler.books import next_token_due_s
 from flexirl.runtime.scheduler.queues import first_waiting, head
 from flexirl.runtime.scheduler.state import RUNNING, WAITING, State
@@ -24,7 +26,7 @@ from flexirl.workloads.slo import SLO
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 
-@nb.njit(cache=True)
+@compiled
 def look(state: State, view: ViewArrays) -> None:
     """Fills a view of the engine as it stands, but for its profile and promise."""
     scheduler, now = state.scheduler[0], view.now[0]
@@ -41,7 +43,7 @@ def look(state: State, view: ViewArrays) -> None:
         _look_at_requests(state, view.visible)
 
 
-@nb.njit(cache=True)
+@compiled
 def _look_at_class(state: State, c: int, seen) -> None:
     group = state.classes[c]
     seen.waiting = group.waiting
@@ -72,7 +74,7 @@ def _look_at_class(state: State, c: int, seen) -> None:
         seen.head_predicted = request.predicted_output_tokens
 
 
-@nb.njit(cache=True)
+@compiled
 def _look_at_requests(state: State, visible: np.ndarray) -> None:
     """The first immediate and deferred requests waiting, then the newest of the running batch."""
     numbers = np.full(len(visible), NONE, np.int32)
@@ -87,7 +89,7 @@ def _look_at_requests(state: State, visible: np.ndarray) -> None:
             _show(state, numbers[i], visible[i])
 
 
-@nb.njit(cache=True)
+@compiled
 def _show(state: State, r: int, seen) -> None:
     """What may be known of request r. An immediate one's deadline is left out: it follows from the output's length."""
     request = state.requests[r]
@@ -114,9 +116,9 @@ def _show(state: State, r: int, seen) -> None:
     seen.last_token_s = request.last_token_s
 
 
-@nb.njit(cache=True)
+@compiled
 def _show_all(pair: Any, out: np.ndarray) -> None:
-    state, count = pair.state, 0
+    state, count = borrow(pair.state), 0
     for r in range(len(state.requests)):
         if count == len(out):
             return
@@ -125,9 +127,9 @@ def _show_all(pair: Any, out: np.ndarray) -> None:
             count += 1
 
 
-@nb.njit(cache=True)
+@compiled
 def _look(pair: Any) -> None:
-    look(pair.state, pair.arrays)
+    look(borrow(pair.state), borrow(pair.arrays))
 
 
 @structref.register
@@ -139,11 +141,16 @@ class _Pair(structref.StructRefProxy):
     """A state and its view as one argument, since compiled code takes longer to unpack them than to look."""
 
     def __new__(cls, state: State, arrays: ViewArrays) -> _Pair:
-        pair: _Pair = structref.StructRefProxy.__new__(cls, state, arrays)
-        return pair
+        return _new_pair(state, arrays)
 
 
 structref.define_proxy(_Pair, _PairType, ["state", "arrays"])
+
+
+@compiled
+def _new_pair(state: State, arrays: ViewArrays) -> _Pair:
+    # The proxy's own constructor is compiled anew in every process.
+    return _Pair(state, arrays)
 
 
 class Lookout:

@@ -7,9 +7,9 @@ every request ends, and preempted work resumes. The surrogate and the live engin
 
 from __future__ import annotations
 
-import numba as nb
 import numpy as np
 
+from flexirl.compiled import compiled
 from flexirl.policies.interface.decision import CLASSES
 from flexirl.policies.interface.view import NONE
 from flexirl.runtime.profile.step_time import decodes_cost, step_time_with_decodes
@@ -34,7 +34,7 @@ from flexirl.runtime.scheduler.state import (
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 
-@nb.njit(cache=True)
+@compiled
 def apply(state: State) -> None:
     """Puts a new decision into force: scores, sorts the queues, makes its one-off preemptions."""
     decision = state.decision[0]
@@ -52,7 +52,7 @@ def apply(state: State) -> None:
         compact(state)
 
 
-@nb.njit(cache=True)
+@compiled
 def plan(state: State) -> None:
     """Chooses the next iteration: sets `scheduled` of the running requests and the features in `state.batch`.
 
@@ -84,7 +84,7 @@ def plan(state: State) -> None:
         compact(state)
 
 
-@nb.njit(cache=True)
+@compiled
 def _take_stock(state: State) -> None:
     """Sorts the running requests by kind of work into `state.work`, and sets this iteration's step targets.
 
@@ -143,7 +143,7 @@ def _take_stock(state: State) -> None:
         scheduler.deferred_floor = max(scheduler.deferred_floor, floor)
 
 
-@nb.njit(cache=True)
+@compiled
 def _run(state: State, kind: int) -> None:
     """Gives the running requests of one kind of work their tokens, as far as budget, step target and memory allow."""
     scheduler, batch, total = state.scheduler[0], state.batch[0], state.work_totals[kind]
@@ -170,7 +170,7 @@ def _run(state: State, kind: int) -> None:
             _run_one(state, r)
 
 
-@nb.njit(cache=True)
+@compiled
 def _all_decode(state: State, kind: int) -> bool:
     """True if all requests of a kind decode and may do so together: the same as asking one by one, but quick."""
     scheduler, total = state.scheduler[0], state.work_totals[kind]
@@ -187,7 +187,7 @@ def _all_decode(state: State, kind: int) -> bool:
     return together_s <= scheduler.deferred_target_s
 
 
-@nb.njit(cache=True)
+@compiled
 def _lacking_blocks(state: State, kind: int) -> int:
     """Requests of a kind, all decoding, whose next token needs a block more."""
     lacking = 0
@@ -197,7 +197,7 @@ def _lacking_blocks(state: State, kind: int) -> int:
     return lacking
 
 
-@nb.njit(cache=True)
+@compiled
 def _run_one(state: State, r: int) -> None:
     scheduler, request = state.scheduler[0], state.requests[r]
     if owed_tokens(request) > 1 or request.generated == 0:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import numba as nb
-
+from flexirl.compiled import compiled
 from flexirl.policies.interface.decision import (
     CHEAPER,
     LAST,
@@ -25,7 +24,7 @@ from flexirl.workloads.trace import DEFERRED
 ANYONE, ONLY_BEST_EFFORT, ONLY_DEFERRED = range(3)
 
 
-@nb.njit(cache=True)
+@compiled
 def grow(state: State, r: int, tokens: int) -> bool:
     """Makes running request r hold blocks for `tokens` tokens, evicting others if need be; False: it must wait."""
     scheduler, request = state.scheduler[0], state.requests[r]
@@ -42,7 +41,7 @@ def grow(state: State, r: int, tokens: int) -> bool:
     return True
 
 
-@nb.njit(cache=True)
+@compiled
 def victim_within(state: State, reach: int) -> int:
     """The running request to evict first among those within `reach`, or NONE.
 
@@ -66,7 +65,7 @@ def victim_within(state: State, reach: int) -> int:
     return best
 
 
-@nb.njit(cache=True)
+@compiled
 def _evict_sooner(decision, a, b, blind: bool) -> bool:
     """True if `a`, later in the running batch, is evicted rather than `b`."""
     if not blind and best_effort(a) != best_effort(b):
@@ -80,7 +79,7 @@ def _evict_sooner(decision, a, b, blind: bool) -> bool:
     return a.arrival_s >= b.arrival_s
 
 
-@nb.njit(cache=True)
+@compiled
 def preempt(state: State, r: int) -> None:
     """Takes running request r out of the batch, by recompute or by swap, and queues it again."""
     scheduler, request = state.scheduler[0], state.requests[r]
@@ -106,7 +105,7 @@ def preempt(state: State, r: int) -> None:
     push(state, r)
 
 
-@nb.njit(cache=True)
+@compiled
 def _swaps_out(state: State, r: int) -> bool:
     scheduler, engine, request = state.scheduler[0], state.engine[0], state.requests[r]
     mode = state.decision[0].preemption
@@ -115,13 +114,13 @@ def _swaps_out(state: State, r: int) -> bool:
     return mode != CHEAPER or swap_cost(engine, request) < recompute_cost(engine, request)
 
 
-@nb.njit(cache=True)
+@compiled
 def swap_cost(engine, request) -> float:
     """Seconds to move the request's keys and values to host memory, as far as they are not there yet, and back."""
     return (request.computed + max(request.computed - request.saved, 0)) * engine.per_swap_token_s
 
 
-@nb.njit(cache=True)
+@compiled
 def recompute_cost(engine, request) -> float:
     """Seconds to prefill again what the request had computed, in iterations that are busy anyway."""
     tokens = float(request.computed)

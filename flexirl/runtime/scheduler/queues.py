@@ -10,6 +10,7 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
+from flexirl.compiled import compiled
 from flexirl.policies.interface.decision import (
     ARRIVAL,
     DEADLINE,
@@ -29,13 +30,13 @@ def owed_tokens(request) -> int:
     return request.prompt_tokens + request.generated - request.computed
 
 
-@nb.njit(cache=True)
+@compiled
 def _before(requests, a: int, b: int) -> bool:
     key_a, key_b = requests[a].key, requests[b].key
     return key_a < key_b or (key_a == key_b and a < b)
 
 
-@nb.njit(cache=True)
+@compiled
 def _meld(requests, a: int, b: int) -> int:
     """One heap of two; returns its root, whose parent link the caller sets."""
     if a == NONE:
@@ -59,7 +60,7 @@ def _meld(requests, a: int, b: int) -> int:
         a = right
 
 
-@nb.njit(cache=True)
+@compiled
 def _key(state: State, r: int) -> float:
     request = state.requests[r]
     group = state.classes[request.request_class]
@@ -79,7 +80,7 @@ def _key(state: State, r: int) -> float:
     return min(due_s, _NEVER_DUE_S) + group.order_weight_s * remaining
 
 
-@nb.njit(cache=True)
+@compiled
 def _predicted_work(engine, request) -> float:
     """The output predicted to come, in tokens of prefill that take as long."""
     tokens = max(request.predicted_output_tokens - request.generated, 0)
@@ -106,7 +107,7 @@ def _count(group, request, sign: int) -> None:
         group.relegated_tokens += sign * owed_tokens(request)
 
 
-@nb.njit(cache=True)
+@compiled
 def push(state: State, r: int) -> None:
     """Puts request r, not in any queue, into the queue of its class and marks it waiting."""
     requests = state.requests
@@ -123,7 +124,7 @@ def push(state: State, r: int) -> None:
     _count(group, request, 1)
 
 
-@nb.njit(cache=True)
+@compiled
 def remove(state: State, r: int) -> None:
     """Takes waiting request r out of its queue; the caller gives it its next status."""
     requests = state.requests
@@ -142,7 +143,7 @@ def remove(state: State, r: int) -> None:
     _count(group, request, -1)
 
 
-@nb.njit(cache=True)
+@compiled
 def head(state: State, request_class: int) -> int:
     """The next request of a class in its order, or NONE.
 
@@ -162,7 +163,7 @@ def head(state: State, request_class: int) -> int:
     return best
 
 
-@nb.njit(cache=True)
+@compiled
 def merged_head(state: State) -> int:
     """The next request of both classes when they share one queue: the head with the smaller key.
 
@@ -181,7 +182,7 @@ def merged_head(state: State) -> int:
     return immediate if _before(state.requests, immediate, deferred) else deferred
 
 
-@nb.njit(cache=True)
+@compiled
 def reorder(state: State, request_class: int, order: int, weight_s: float, expected: float) -> None:
     """Sorts the queue of a class anew if its order changes. O(n log n) for n requests, so orders change rarely."""
     group = state.classes[request_class]
@@ -202,7 +203,7 @@ def reorder(state: State, request_class: int, order: int, weight_s: float, expec
         r += 1
 
 
-@nb.njit(cache=True)
+@compiled
 def rescore(state: State, r: int, score: float) -> None:
     """Gives request r, waiting or running, a new score; a waiting one moves to its place in the SCORE order."""
     if state.requests[r].status == WAITING:
@@ -213,7 +214,7 @@ def rescore(state: State, r: int, score: float) -> None:
         state.requests[r].score = score
 
 
-@nb.njit(cache=True)
+@compiled
 def first_waiting(state: State, request_class: int, out: np.ndarray) -> int:
     """Writes the first len(out) requests of a class, in its order, into `out` (int32); returns how many there are.
 

@@ -6,9 +6,9 @@ can join are taken many iterations at a time, with the same arithmetic and so th
 
 from __future__ import annotations
 
-import numba as nb
 import numpy as np
 
+from flexirl.compiled import compiled
 from flexirl.policies.interface.decision import CLASSES, FAIR
 from flexirl.policies.interface.view import NONE
 from flexirl.runtime.borrow import borrow
@@ -34,7 +34,7 @@ _NO_LIMIT = 1 << 62
 _NOISE_LIMIT = 3.0  # noise is cut at this many standard deviations, so that the fastest step is known
 
 
-@nb.njit(cache=True)
+@compiled
 def start(state: State, trace: np.ndarray, promises: np.ndarray, seed: int) -> None:
     """Puts a new state, or one that another trace has left, at the start of a trace.
 
@@ -52,7 +52,8 @@ def start(state: State, trace: np.ndarray, promises: np.ndarray, seed: int) -> N
     scheduler.trace_length = len(trace)
     scheduler.promises_next = 0
     scheduler.promises_length = len(promises)
-    state.promises[: len(promises)] = promises
+    for i in range(len(promises)):  # a slice would take Numba longer to compile than all else here
+        state.promises[i] = promises[i]
     scheduler.running = 0
     scheduler.joined = 0
     scheduler.free_blocks = engine.kv_blocks
@@ -76,7 +77,7 @@ def start(state: State, trace: np.ndarray, promises: np.ndarray, seed: int) -> N
     arrive(state, trace, scheduler.now_s)
 
 
-@nb.njit(cache=True)
+@compiled
 def _clear_records(state: State) -> None:
     for c in range(len(state.classes)):
         group = state.classes[c]
@@ -123,7 +124,7 @@ def _clear_records(state: State) -> None:
     batch.swap_tokens = 0.0
 
 
-@nb.njit(cache=True)
+@compiled
 def advance(state: State, trace: np.ndarray, until_s: float, max_iterations: int) -> None:
     """Runs the engine under its current decision until the clock reaches `until_s` or after `max_iterations`.
 
@@ -146,7 +147,7 @@ def advance(state: State, trace: np.ndarray, until_s: float, max_iterations: int
     arrive(state, trace, scheduler.now_s)  # whoever decides next sees all that arrived by now
 
 
-@nb.njit(cache=True)
+@compiled
 def arrive(state: State, trace: np.ndarray, by_s: float) -> None:
     """Submits the requests that have arrived by `by_s`, at the latest now."""
     scheduler = state.scheduler[0]
@@ -162,7 +163,7 @@ def arrive(state: State, trace: np.ndarray, by_s: float) -> None:
         settle_first_tokens(state)
 
 
-@nb.njit(cache=True)
+@compiled
 def _next_arrival_s(state: State, trace: np.ndarray) -> float:
     scheduler = state.scheduler[0]
     if scheduler.trace_next < scheduler.trace_length:
@@ -170,7 +171,7 @@ def _next_arrival_s(state: State, trace: np.ndarray) -> float:
     return np.inf
 
 
-@nb.njit(cache=True)
+@compiled
 def _idle(state: State, trace: np.ndarray, until_s: float) -> None:
     """Nothing may run: lets time pass to the next arrival or to `until_s`, and books what falls due meanwhile."""
     scheduler = state.scheduler[0]
@@ -178,7 +179,7 @@ def _idle(state: State, trace: np.ndarray, until_s: float) -> None:
     settle(state)
 
 
-@nb.njit(cache=True)
+@compiled
 def _noise(state: State) -> float:
     """A log-normal factor with median 1, from the state's own generator (xorshift64*, Vigna 2016; Box-Muller)."""
     noise = state.engine[0].noise
@@ -191,7 +192,7 @@ def _noise(state: State) -> float:
             return np.exp(noise * z)
 
 
-@nb.njit(cache=True)
+@compiled
 def _uniform(state: State) -> float:
     x = state.scheduler[0].rng
     x ^= x >> np.uint64(12)
@@ -201,7 +202,7 @@ def _uniform(state: State) -> float:
     return (float((x * np.uint64(0x2545F4914F6CDD1D)) >> np.uint64(11)) + 0.5) / 9007199254740992.0
 
 
-@nb.njit(cache=True)
+@compiled
 def _is_steady(state: State) -> bool:
     """True if the planned iteration repeats until somebody arrives, ends, expires or runs out of blocks.
 
@@ -226,7 +227,7 @@ def _is_steady(state: State) -> bool:
     return decision.discipline == CLASSES and not urgent and shut_out(state, next_to_admit(state, False, True))
 
 
-@nb.njit(cache=True)
+@compiled
 def _fast_forward(state: State, trace: np.ndarray, until_s: float, limit: int) -> None:
     """Repeats the iteration just committed, all decodes, for as long as nothing else can happen.
 
@@ -294,7 +295,7 @@ def _fast_forward(state: State, trace: np.ndarray, until_s: float, limit: int) -
         _book_decodes(state, done)
 
 
-@nb.njit(cache=True)
+@compiled
 def _book_decodes(state: State, done: int) -> None:
     """Gives every running request `done` decodes, none of them its last."""
     scheduler = state.scheduler[0]

@@ -19,7 +19,7 @@ from flexirl.policies.registry import PRETRAINED, PRETRAINED_FILE, make_policy
 from flexirl.policies.training import probing
 from flexirl.policies.training.agents import start_at
 from flexirl.policies.training.export import export
-from flexirl.pretrained import revenue_share, ship_mean, validated_tasks
+from flexirl.programs.pretrained import revenue_share, ship_mean, validated_tasks
 
 
 def test_it_comes_with_the_package() -> None:

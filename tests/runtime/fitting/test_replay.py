@@ -9,11 +9,11 @@ import pytest
 from vllm_port import BLOCK, Engine, Request
 
 from flexirl.policies.registry import make_policy
+from flexirl.programs.validate import statistics
 from flexirl.runtime.fitting.operators import fit_profile
 from flexirl.runtime.fitting.replay import Record, Served, replay
 from flexirl.runtime.profile.engine import EngineProfile, make_profile
 from flexirl.runtime.profile.step_time import COEFFICIENTS
-from flexirl.validate import statistics
 from flexirl.workloads.trace import Trace, empty_rows
 
 RECORDED = Path(__file__).parents[4] / "shared" / "real_vllm" / "rtx4090-llama-3.1-8b"

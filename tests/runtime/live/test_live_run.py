@@ -56,7 +56,7 @@ def test_what_still_runs_at_the_end_leaves_nothing_behind() -> None:
 
 def test_the_engine_is_imported_without_the_models_library() -> None:
     """It takes seconds to import, and nobody who only mistyped an option has to wait for it."""
-    code = "import flexirl.generate, flexirl.runtime.live.engine, sys; sys.exit('transformers' in sys.modules)"
+    code = "import flexirl.programs.generate, flexirl.runtime.live.engine, sys; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

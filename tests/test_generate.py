@@ -14,8 +14,8 @@ import torch
 from programs import run
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from flexirl import generate
 from flexirl.experiments.program import run_program
+from flexirl.programs import generate
 from flexirl.runtime.models.tiny import tiny_model
 
 FIELDS = {"id", "token_ids", "text", "finish_reason", "ttft_s", "e2e_s", "preemptions"}

@@ -57,7 +57,7 @@ def run_program(name: str, config_name: str | None = None) -> None:
     except (UserError, HydraException, OmegaConfBaseException) as error:
         failed.append(_sentence(error))
     except KeyboardInterrupt as interrupt:  # whose words, if any, say how to go on
-        print(": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
+        print("; ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         sys.exit(130)
     finally:
         for sentence in failed:

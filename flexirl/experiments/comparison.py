@@ -14,7 +14,7 @@ import numpy as np
 from flexirl.envs.fleet import Fleet, Task
 from flexirl.envs.rollout import play
 from flexirl.experiments.seeds import COMPARISON_SEED, TUNING_SEED
-from flexirl.policies.heuristics.base import tune
+from flexirl.policies.heuristics.base import Heuristic, tune
 from flexirl.policies.interface.policy import Policy
 from flexirl.policies.registry import make_policy
 from flexirl.progress import progress_bar
@@ -72,10 +72,14 @@ def on_live(executor: Executor) -> Runner:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Leaderboard rows (one per policy and seed) and, per policy, its run on the first seed."""
+    """Leaderboard rows (one per policy and seed) and, per policy, its run on the first seed.
+
+    searched: rules with the knobs that were searched for this comparison.
+    """
 
     rows: list[Row]
     first_runs: dict[str, Run]
+    searched: dict[str, Heuristic]
 
 
 def compare(
@@ -97,10 +101,13 @@ def compare(
     traces = episodes(task, seeds, base_seed)
     rows: list[Row] = []
     first_runs: dict[str, Run] = {}
+    searched: dict[str, Heuristic] = {}
     with progress_bar(len(policies) * seeds, " runs", progress, desc="comparing", leave=False) as bar:
         for policy in policies:
-            bar.set_postfix_str(policy.name)
+            bar.set_postfix_str(policy.name, refresh=False)
             ready = tune(policy, TuningEpisodes(tuning_task or task, base_seed), task.slo, base_seed)
+            if isinstance(ready, Heuristic) and ready != policy:
+                searched[policy.name] = ready
             for i, trace in enumerate(traces):
                 run = run_policy(ready, task, trace, i, runner)
                 rows.append(row_of(policy, task, trace, i, run))
@@ -108,7 +115,7 @@ def compare(
                     first_runs[policy.name] = run
                 bar.update()
     relate_to_anchors(rows)
-    return Comparison(rows, first_runs)
+    return Comparison(rows, first_runs, searched)
 
 
 def episodes(task: Task, seeds: int, base_seed: int) -> list[Trace]:

@@ -8,7 +8,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 # Last parts of settings that are paths, or may be.
 _PATHS = ("path", "dir", "folder", "cache", "model", "profile", "prompts", "resume", "run", "shadow")
-_FILES = {"engine": (".json", "profile"), "policy": (".onnx", "name")}  # in place of a group's choice
+_FILES = {"engine": ((".json",), "profile"), "policy": ((".onnx", ".yaml"), "name")}  # in place of a group's choice
 _PLAIN = re.compile(r"[\w/\-\\+.$%*@?|: ]*", re.ASCII)  # Hydra reads it as it stands
 _SWEEP = re.compile(r"(choice|glob|shuffle|sort)\(")
 

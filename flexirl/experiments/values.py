@@ -53,17 +53,20 @@ def names_of(value: object, name: str) -> list[str]:
 
 
 def policies_of(value: object, name: str) -> list[str]:
-    """`value` as a list of policies, each with a file in `conf/policy` or an .onnx file; raises UserError for others.
+    """`value` as a list of policies, each with a file in `conf/policy` or of its own; raises UserError for others.
 
     Whether that file holds a policy is found when it is loaded.
     """
     known = sorted({path.stem for path in (CONF / "policy").glob("*.yaml")} - {"file"})
     names = names_of(value, name)
     for policy in names:
-        if policy.endswith(".onnx") and not Path(policy).is_file():
+        of_file = policy.endswith((".onnx", ".yaml"))
+        if of_file and not Path(policy).is_file():
             raise UserError(f"{policy} does not exist.")
-        if not policy.endswith(".onnx") and policy not in known:
-            raise UserError(f"policy {policy!r} is unknown; choose from {', '.join(known)}, or give an .onnx file.")
+        if not of_file and policy not in known:
+            raise UserError(
+                f"policy {policy!r} is unknown; choose from {', '.join(known)}, or give an .onnx or .yaml file."
+            )
     return names
 
 

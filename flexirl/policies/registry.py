@@ -8,7 +8,7 @@ from typing import Any
 
 from flexirl.errors import UserError
 from flexirl.policies.interface.policy import Policy
-from flexirl.policies.rules import checked_knobs, make_rule, rule_names
+from flexirl.policies.rules import checked_knobs, load_rule, make_rule, rule_names
 
 # The network that comes with the package: trained on many scenarios, for use without training (`make pretrained`).
 PRETRAINED, PRETRAINED_FILE = "pretrained", Path(__file__).resolve().parent / "deploy" / "pretrained.onnx"
@@ -16,7 +16,7 @@ _NETWORK_KNOBS = {"fallback": "str", "time_limit_s": "float | None"}  # of `conf
 
 
 def make_policy(name_or_path: str, knobs: Mapping[str, Any] | None = None) -> Policy:
-    """The policy of that name, `pretrained` among them, or the one exported to that .onnx file.
+    """The policy of that name, `pretrained` among them, or the one in that .onnx or .yaml file (see `save_rule`).
 
     knobs: replace those of `conf/policy/<name>.yaml`. Raises UserError for an unknown name or knob or a bad value.
     """
@@ -26,16 +26,18 @@ def make_policy(name_or_path: str, knobs: Mapping[str, Any] | None = None) -> Po
         from flexirl.policies.deploy.learned import load_policy
 
         return load_policy(path, **checked_knobs(name_or_path, _NETWORK_KNOBS, knobs or {}))
+    if path.endswith(".yaml"):
+        return load_rule(path, {name: value for name, value in (knobs or {}).items() if name not in _NETWORK_KNOBS})
     if name_or_path not in rule_names():
         raise UserError(
             f"policy {name_or_path!r} is unknown; choose from {', '.join(rule_names())}, {PRETRAINED}, "
-            "or give an .onnx file."
+            "or give an .onnx or .yaml file."
         )
     return make_rule(name_or_path, knobs)
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raises UserError for the first name that is neither a hand-written policy nor an .onnx file that loads.
+    """Raises UserError for the first name that is neither a hand-written policy nor a file that loads.
 
     Called before long work, so that a wrong name is not found at its end.
     """

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import flexirl.policies.heuristics  # noqa: F401  each rule makes itself known
 from flexirl.errors import UserError
@@ -31,6 +33,26 @@ def make_rule(name: str, knobs: Mapping[str, Any] | None = None) -> Heuristic:
     rule = RULES[name]
     kinds = {knob.name: str(knob.type) for knob in fields(rule) if knob.init}
     return rule(**checked_knobs(name, kinds, {**load_rule_spec(name), **(knobs or {})}))
+
+
+def save_rule(rule: Heuristic, path: Path) -> None:
+    """Writes the rule's name and all its knobs as YAML, which `load_rule` reads."""
+    knobs = {knob: value for knob, value in asdict(rule).items() if not knob.startswith("_")}
+    OmegaConf.save(OmegaConf.create({"name": rule.name, **knobs}), path)
+
+
+def load_rule(path: str | Path, knobs: Mapping[str, Any] | None = None) -> Heuristic:
+    """The rule in a YAML file of its name and knobs; `knobs` replace those. Raises UserError for what is none."""
+    try:
+        spec = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} is no readable YAML file ({' '.join(str(error).split())[:200]}).") from None
+    if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
+        raise UserError(f"{path} is no rule: it needs a name and, if any, knobs, as conf/policy/qoserve.yaml has.")
+    own = {str(knob): value for knob, value in spec.items() if knob != "name"}
+    return make_rule(spec["name"], {**own, **(knobs or {})})
 
 
 def load_rule_spec(name: str) -> dict[str, Any]:

@@ -7,11 +7,13 @@ surrogate at the pace that this process has; `compare=live,live` shows how far t
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from omegaconf import DictConfig
 
 from flexirl.errors import UserError
+from flexirl.experiments.answer import answer_in_words, workload_in_words
 from flexirl.experiments.comparison import (
     Row,
     Runner,
@@ -31,6 +33,7 @@ from flexirl.experiments.records import record_run
 from flexirl.experiments.seeds import TUNING_SEED
 from flexirl.experiments.values import count_of, flag_of, names_of, seed_of
 from flexirl.policies.registry import check_names, make_policy
+from flexirl.policies.rules import save_rule
 
 ENGINES = ("surrogate", "live")
 PACE_RULE = "qoserve"  # decides while the machine's pace is measured
@@ -49,8 +52,11 @@ def run(config: DictConfig) -> None:
             raise UserError(f"{engine} is no engine to run on; choose from {', '.join(ENGINES)}.")
     if len(engines) > 2:
         raise UserError(f"compare={config.compare} names {len(engines)} engines; give two, such as live,surrogate.")
+    given = {make_policy(name).name: Path(name) for name in names if Path(name).suffix}
     task = load_task(config)
     record_run(config, "evaluate", folder)
+    for sentence in workload_in_words(task):
+        print(sentence)
     tuning = None
     if config.tuning.path is not None:
         tuning = load_task_on(config, config.tuning.path)
@@ -75,6 +81,9 @@ def run(config: DictConfig) -> None:
         place = folder / label.replace(" ", "_") if len(engines) > 1 else folder
         place.mkdir(exist_ok=True)
         write_leaderboard(comparison.rows, place)
+        saved = {name: place / f"{name}.yaml" for name in comparison.searched}
+        for name, rule in comparison.searched.items():
+            save_rule(rule, saved[name])
         plot_comparison(comparison.rows, place / "comparison.png")
         for name, result in comparison.first_runs.items():
             plot_timeline(result.timeline, name, place / f"timeline_{name.replace(':', '_')}.png")
@@ -87,4 +96,7 @@ def run(config: DictConfig) -> None:
         if paces:
             print(f"iterations took {' and then '.join(f'{pace:.3f}' for pace in paces)} times what the profile says")
         print(f"{fidelity_table(compared, labels)}\norders of the policies by revenue: Kendall's tau {tau:.2f}")
+    else:
+        for sentence in answer_in_words(comparison.rows, {**given, **saved}):
+            print(sentence)
     print(f"written to {folder}")

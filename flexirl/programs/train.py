@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from flexirl.envs.fleet import Task
 from flexirl.envs.sb3 import BatchingVecEnv
+from flexirl.experiments.answer import answer_in_words, workload_in_words
 from flexirl.experiments.comparison import Runner, compare, table, write_leaderboard
 from flexirl.experiments.configuration import held_out_task, load_task, load_tasks
 from flexirl.experiments.plots import plot_comparison, plot_history, plot_timeline
@@ -42,6 +43,8 @@ def run(config: DictConfig) -> float:
     task, tasks = load_task(config), load_tasks(config)
     held_out = held_out_task(config, task)
     record_run(config, "train", folder)
+    for sentence in workload_in_words(task):
+        print(sentence)
     torch.set_num_threads(1)  # these networks are too small to share; waiting threads would rob the engines
     engines = load_engines(config, tasks, held_out)
     if len(tasks) == 1:  # else the agent is compared on the scenario of `config`
@@ -109,6 +112,8 @@ def report(
         for picture in ("reward", "comparison", "timeline"):
             tensorboard.add_image(picture, imread(folder / f"{picture}.png"), dataformats="HWC")
     print(table(comparison.rows))
+    for sentence in answer_in_words(comparison.rows, {str(comparison.rows[0]["policy"]): folder / "policy.onnx"}):
+        print(sentence)
     best = json.dumps({"best_validation_revenue_per_s": watching.best["revenue_per_s"], "folder": str(folder)})
     (folder / "summary.json").write_text(best + "\n")
     print(f"written to {folder}")

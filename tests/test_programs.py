@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import onnx
@@ -199,3 +200,15 @@ def test_evaluating_bad_input(tmp_path: Path, arguments: tuple[str, ...], messag
 def test_programs_explain_themselves(tmp_path: Path, name: str) -> None:
     ran = run(tmp_path, name, "--help")
     assert ran.returncode == 0 and name in ran.stdout, ran.stderr
+
+
+def test_what_is_printed_is_kept_and_a_failed_command_leaves_nothing(tmp_path: Path) -> None:
+    short = ("workload=tiny", "workload.duration_s=2", "workload.warmup_s=0", "seeds=1", "policies=[qoserve]")
+    ran = run(tmp_path, "evaluate", *short)
+    assert ran.returncode == 0, ran.stderr
+    (log,) = tmp_path.glob("outputs/*/*/evaluate.log")
+    assert log.read_text() == ran.stdout and "qoserve" in ran.stdout
+    shutil.rmtree(tmp_path / "outputs")
+    ran = run(tmp_path, "evaluate", *short, "workload.load=-1")
+    assert error(ran).startswith("error: workload.load=-1")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [] and not list(tmp_path.glob("outputs/*"))

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from flexirl.errors import UserError
 from flexirl.experiments.help import help_text
 from flexirl.experiments.overrides import spelled_out
+from flexirl.experiments.records import kept_in, remove_if_bare
 from flexirl.experiments.renamed import check_names_of_settings
 from flexirl.experiments.values import CONF, check_values
 
@@ -46,9 +47,12 @@ def run_program(name: str, config_name: str | None = None) -> None:
             body = importlib.import_module(f"flexirl.programs.{name}")
             if config.get("progress", True):
                 importlib.import_module("flexirl.experiments.compiling").tell()  # takes Numba, as the body does
-            return body.run(config)
+            with kept_in(output_folder() / f"{name}.log"):
+                return body.run(config)
         except (UserError, HydraException, OmegaConfBaseException) as error:
             failed.append((_place() if sweep else "") + _sentence(error))
+            if not sweep:
+                remove_if_bare(output_folder())
             return None
 
     try:

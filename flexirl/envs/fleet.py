@@ -34,6 +34,7 @@ from flexirl.workloads.scenario import Scenario
 from flexirl.workloads.slo import SLO
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE, TRACE_ROW, Trace
 
+SHORTEST_INTERVAL_S = 0.001  # much less than an iteration
 ACTIONS = ("dials", "grid", "scores")
 _DIALS, _GRID, _SCORES = range(3)
 _GRID_DIALS = np.array(actions.GRID, np.float32)
@@ -74,8 +75,11 @@ class Task:
         for order in (self.immediate_order, self.deferred_order):
             if order not in ORDERS:
                 raise UserError(f"Queue order {order} is unknown; choose from {', '.join(ORDERS)}.")
-        if not self.interval_s > 0:
-            raise UserError(f"env.interval_s={self.interval_s} is out of range; decisions are some seconds apart.")
+        if not SHORTEST_INTERVAL_S <= self.interval_s < float("inf"):
+            raise UserError(
+                f"env.interval_s={self.interval_s:g} is out of range; decisions are {SHORTEST_INTERVAL_S:g} s or more "
+                "apart."
+            )
 
     @property
     def service_time_s(self) -> ServiceTime:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flexirl.errors import UserError
 from flexirl.runtime.scheduler.accounts import Prices
 
 REWARD = np.dtype(
@@ -38,6 +39,12 @@ class Reward:
     deferred: float
     loss: float
     waiting: float
+
+    def __post_init__(self) -> None:
+        for name in ("deferred", "loss", "waiting"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+                raise UserError(f"reward.{name}={value} is out of range; a weight is a finite number.")
 
     def record(self, prices: Prices, scale: float) -> np.ndarray:
         """The weights for compiled code: an array of one `REWARD`; scale in price units per second."""

@@ -77,6 +77,8 @@ def answer_in_words(rows: Sequence[Row], files: Mapping[str, Path]) -> list[str]
         return []
     best = ranked[0]
     name = str(best["policy"])
+    if best["revenue_per_s"] <= 0:
+        return ["None of them earns anything: no request was served as promised."]
     if best["revenue_per_s"] - ranked[-1]["revenue_per_s"] < SAME * abs(best["revenue_per_s"]):
         return [f"All of them earn the same within {SAME:.1%}: where an engine has room for all, no policy matters."]
     said = [f"{name} earns most."]

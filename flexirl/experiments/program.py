@@ -16,7 +16,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from flexirl.errors import UserError
 from flexirl.experiments.help import help_text
@@ -60,6 +60,10 @@ def run_program(name: str, config_name: str | None = None) -> None:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name or name)(guarded)()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         failed.append(_sentence(error))
+    except OSError as error:  # of the run's folder, most often
+        if error.filename is None:
+            raise
+        failed.append(f"{error.filename} cannot be used ({error.strerror}); choose another place, as hydra.run.dir=.")
     except KeyboardInterrupt as interrupt:  # whose words, if any, say how to go on
         print("; ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         sys.exit(130)
@@ -81,6 +85,8 @@ def _place() -> str:
 
 
 def _sentence(error: Exception) -> str:
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is missing; give it as {error.full_key}=..."
     # Hydra's messages span lines and end in places to look that mean nothing to a user.
     message = re.split("Config search path:|See https:", str(error))[0]
     return " ".join(message.split())

@@ -43,6 +43,8 @@ def run(config: DictConfig) -> None:
     """Compares, prints and writes; raises UserError for bad configuration."""
     folder = output_folder()
     names = names_of(config.policies, "policies")
+    if not names:
+        raise UserError("policies=[] names nobody to compare; give at least one.")
     check_names(names)
     seeds, seed = count_of(config.seeds, "seeds"), seed_of(config.seed)
     progress = flag_of(config.progress, "progress")

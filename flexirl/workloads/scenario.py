@@ -30,6 +30,7 @@ RANDOM_STREAMS = (
     "deferred_arrivals", "deferred_lengths", "deferred_tenants", "deferred_predictor", "deferred_windows",
 )  # fmt: skip
 
+MOST_REQUESTS = 10_000_000  # in one episode: a few GB
 MEAN_SAMPLE = 20_000  # requests drawn to estimate a length model's mean service time
 
 
@@ -174,9 +175,13 @@ class Synthetic:
 
     def draw(self, duration_s: float | None, service_time_s: ServiceTime, rngs: Rngs) -> np.ndarray:
         """See `ImmediateStream.draw`."""
-        times = self.arrivals.draw(
-            self.rate_per_s(service_time_s), self.length_s(duration_s, service_time_s), rngs["arrivals"]
-        )
+        rate_per_s, length_s = self.rate_per_s(service_time_s), self.length_s(duration_s, service_time_s)
+        if rate_per_s * length_s > MOST_REQUESTS:
+            raise UserError(
+                f"workload.load={self.load:g} would be {rate_per_s * length_s:.3g} requests in {length_s:g} s; an "
+                f"episode has {MOST_REQUESTS:,} at most."
+            )
+        times = self.arrivals.draw(rate_per_s, length_s, rngs["arrivals"])
         rows = empty_rows(len(times))
         rows["arrival_s"] = times
         self.lengths.fill(rows, rngs["lengths"])

@@ -42,6 +42,8 @@ def read_network(model: onnx.ModelProto) -> Network:
     constants = {tensor.name: _numbers_of(tensor) for tensor in graph.initializer}
     if [tensor.name for tensor in graph.output] != ["action", "raw"]:
         raise UserError("its outputs are not action and raw")
+    if not all(np.isfinite(constant).all() for constant in constants.values() if constant.dtype.kind == "f"):
+        raise UserError("a weight of it is no finite number")
     *nodes, last = graph.node
     if not nodes or list(last.input[:1]) != ["raw"]:  # from which the action is cut or chosen
         raise UserError("it does not end in an action")

@@ -76,6 +76,7 @@ UNITS = {
     "max_model_len": "tokens",
     "prefix_caching": "0 or 1",
 }
+LONGEST_S = 600.0  # of what an iteration takes beside its tokens
 AT_LEAST_ONE = ("kv_blocks", "block_size", "max_tokens_per_step", "max_running", "max_model_len")
 PROFILES = Path(__file__).parent / "engines"
 SCHEMA = 1
@@ -156,8 +157,12 @@ def load_profile(name_or_path: str | Path) -> EngineProfile:
     origin: dict[str, str] = {}
     for field in UNITS:
         figure = figures.get(field)
-        if not isinstance(figure, dict) or "value" not in figure:
+        if figure is None:
             raise UserError(f"Engine profile {path} has no value for {field}.")
+        if not isinstance(figure, dict) or "value" not in figure:
+            raise UserError(
+                f'Engine profile {path} has {field}={figure!r}; write it as {{"value": ..., "origin": "where from"}}.'
+            )
         values[field] = _checked(figure["value"], field, f"Engine profile {path}: ")
         origin[field] = str(figure.get("origin", "not stated"))
     unknown = sorted(set(figures) - set(UNITS))
@@ -173,7 +178,8 @@ def _checked(value: Any, field: str, place: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         raise UserError(f"{place}{field}={value!r} is not a {'whole ' if whole else ''}number.")
     least = 1 if field in AT_LEAST_ONE else 0
-    most = 1 if field == "prefix_caching" else np.iinfo("i4").max if whole else np.finfo("f8").max
+    limit = LONGEST_S if UNITS[field] == "s" else float(np.finfo("f8").max)
+    most = 1 if field == "prefix_caching" else int(np.iinfo("i4").max) if whole else limit
     if not least <= value <= most:
         raise UserError(f"{place}{field}={value} is not between {least} and {most}.")
     return value

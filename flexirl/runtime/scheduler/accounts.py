@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flexirl.errors import UserError
 from flexirl.runtime.scheduler.books import INPUT_SERVICE, OUTPUT_SERVICE
 from flexirl.runtime.scheduler.state import FINISHED, FUTURE, State, itl_bin_edges
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
@@ -24,6 +25,12 @@ class Prices:
     prompt: float = 1.0
     output: float = 4.0
     deferred: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "output", "deferred"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise UserError(f"slo.prices.{name}={value} is out of range; a price is 0 or more.")
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """What each request (rows with request_class, prompt_tokens, output_tokens) pays if its promise is kept."""

@@ -230,11 +230,11 @@ def test_nothing_is_unpickled(exported: dict[str, Path], tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", AGENTS)
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [3e38, -3e38])  # finite, but their sums are not
 def test_numbers_that_are_not_finite_make_the_fallback_decide(
     value: float, kind: str, exported: dict[str, Path], tmp_path: Path
 ) -> None:
-    path = patched(exported[kind], tmp_path / "policy.onnx", fill_weights(value, only=-1))
+    path = patched(exported[kind], tmp_path / "policy.onnx", fill_weights(value))
     policy = load_policy(path)
     ended = run(policy, kind)
     assert policy.failures == {"not finite": 30}
@@ -242,10 +242,13 @@ def test_numbers_that_are_not_finite_make_the_fallback_decide(
     check_invariants(ended.state)
 
 
-def test_a_network_of_nothing_but_nan(exported: dict[str, Path], tmp_path: Path) -> None:
-    policy = load_policy(patched(exported["dials"], tmp_path / "policy.onnx", fill_weights(np.nan)))
-    run(policy)
-    assert policy.failures == {"not finite": 30}
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_weight_that_is_no_number_is_found_on_loading(
+    value: float, exported: dict[str, Path], tmp_path: Path
+) -> None:
+    """Else the fallback would be ranked under the network's name."""
+    with pytest.raises(UserError, match="a weight of it is no finite number"):
+        load_policy(patched(exported["dials"], tmp_path / "policy.onnx", fill_weights(value, only=-1)))
 
 
 def test_errors_make_the_fallback_decide_and_are_counted_by_reason(

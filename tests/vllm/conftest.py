@@ -1,0 +1,22 @@
+"""These tests need vLLM, which has an environment of its own: `make test-vllm`."""
+
+import os
+
+import pytest
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+try:  # not just `vllm`, as which the folder of these tests may pass
+    import vllm.v1
+except ImportError:
+    vllm = None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips whatever is marked as needing vLLM where there is none."""
+    if vllm is None:
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason="vLLM is not installed here; `make test-vllm` has it"))

@@ -366,21 +366,16 @@ def _arrange(mirrored: Any, decided: bool, least_work: bool, now_s: float) -> tu
     if decided:
         apply(state)
     plan(state)
+    evicted = _evicted(state, out, before)
     batch = state.batch[0]
-    if batch.prefill_tokens == 0 and batch.decode_sequences == 0:
+    if batch.prefill_tokens == 0 and batch.decode_sequences == 0 and evicted == 0:
         # Whatever the decision holds back, an engine that would stand idle runs it, one after another.
         spare[0] = state.decision[0]
         spare[1].immediate_order, spare[1].deferred_order = decision.immediate_order, decision.deferred_order
         state.decision[0] = spare[1]
         plan(state)
         state.decision[0] = spare[0]
-    evicted = 0
-    for i in range(before):
-        r = out[0, i]
-        if state.requests[r].status != RUNNING:
-            forget(state, r)  # vLLM knows what of it is still cached
-            out[0, evicted] = r
-            evicted += 1
+        evicted = _evicted(state, out, before)
     joined, cut = 0, 0
     for i in range(scheduler.running):
         r = state.running[i]
@@ -394,6 +389,19 @@ def _arrange(mirrored: Any, decided: bool, least_work: bool, now_s: float) -> tu
             cut += 1
         request.scheduled = 0
     return evicted, joined, cut, step_time(state.engine[0], batch)
+
+
+@nb.njit(cache=True)
+def _evicted(state: State, out: np.ndarray, before: int) -> int:
+    """Of the first `before` numbers in out[0], keeps those that run no more; how many there are."""
+    evicted = 0
+    for i in range(before):
+        r = out[0, i]
+        if state.requests[r].status != RUNNING:
+            forget(state, r)  # vLLM knows what of it is still cached
+            out[0, evicted] = r
+            evicted += 1
+    return evicted
 
 
 @nb.njit(cache=True)

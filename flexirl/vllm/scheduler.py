@@ -71,7 +71,7 @@ class Scheduler(AsyncScheduler):
         self._place_of: dict[str, int] = {}
         self._unready: list[Request] = []
         self._outside: deque[Request] = deque()
-        self._overdue: deque[Request] = deque()
+        self._overdue: list[Request] = []
         profile = load_profile(self.settings.profile).replace(**self._limits())
         self._profile = EngineProfile("vllm", profile.values, profile.origin, profile.fit)
         self._slo = SLO(self.settings.ttft_s, self.settings.tpot_s)
@@ -105,8 +105,7 @@ class Scheduler(AsyncScheduler):
         self._place_of.clear()
         for request in self.requests.values():
             request.flexirl_place = -1
-        self._overdue.clear()
-        self._unready, self._outside = [], deque()
+        self._unready, self._outside, self._overdue = [], deque(), []
         self.waiting.arrived = list(self.waiting)
 
     def _now_s(self) -> float:
@@ -202,6 +201,7 @@ class Scheduler(AsyncScheduler):
     def _follow(self, now_s: float) -> None:
         """Tells the mirror of all that vLLM did since the last step."""
         mirror, running = self.mirror, self.running
+        self._overdue = [request for request in self._overdue if request in self.waiting]
         count = len(running)
         places = [request.flexirl_place for request in running]
         if -1 in places:
@@ -229,7 +229,7 @@ class Scheduler(AsyncScheduler):
         for _ in range(min(len(self._outside), self.mirror.places_left)):
             arrived.append(self._outside.popleft())
         for request in arrived:
-            if request not in self.waiting:
+            if request not in self.waiting or request in self._overdue:
                 continue
             if self._is_blocked_waiting_status(request.status) and not self._handle_blocked_waiting_request(request):
                 self._unready.append(request)
@@ -300,8 +300,6 @@ class Scheduler(AsyncScheduler):
             if len(running) == len(self.running):
                 self.running = running
         self._caps = {requests[place].request_id: tokens for place, tokens in plan.cut}
-        while self._overdue and self._overdue[0] not in self.waiting:
-            self._overdue.popleft()
         self.waiting.offer([*self._overdue, *self._requests_at(plan.joined)])
 
     # --------------------------------------------------------------------------------------------- after a step

@@ -14,6 +14,20 @@ try:  # not just `vllm`, as which the folder of these tests may pass
 except ImportError:
     vllm = None
 
+if vllm is not None:
+    # vLLM for CPUs looks through all modules for kernels, and stumbles over an object of llvmlite that has any attribute
+    # it is asked for. A server is not concerned: it imports the scheduler after that, and only once.
+    from llvmlite.binding import ffi
+
+    _any_attribute = ffi._lib_wrapper.__getattr__
+
+    def _no_special_attribute(self: object, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _any_attribute(self, name)
+
+    ffi._lib_wrapper.__getattr__ = _no_special_attribute
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips whatever is marked as needing vLLM where there is none."""

@@ -1,8 +1,6 @@
-"""These tests need vLLM, which has an environment of its own: `make test-vllm`."""
+"""Most of these tests need vLLM, which has an environment of its own: `make test-vllm`. They are skipped elsewhere."""
 
 import os
-
-import pytest
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -27,10 +25,3 @@ if vllm is not None:
         return _any_attribute(self, name)
 
     ffi._lib_wrapper.__getattr__ = _no_special_attribute
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips whatever is marked as needing vLLM where there is none."""
-    if vllm is None:
-        for item in items:
-            item.add_marker(pytest.mark.skip(reason="vLLM is not installed here; `make test-vllm` has it"))

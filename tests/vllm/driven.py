@@ -44,14 +44,14 @@ def new_scheduler(
     seats: int = 16,
     tokens: int = 512,
     caching: bool = True,
-    policy: str = "fcfs",
+    order: str = "fcfs",
 ) -> AsyncScheduler:
     """A scheduler with a cache of so many blocks of 16 tokens; settings: the plug-in's."""
     model = ModelConfig(model=tiny_llama(), skip_tokenizer_init=True, dtype="float32", max_model_len=2048)
     config = VllmConfig(
         scheduler_config=SchedulerConfig(
             max_num_seqs=seats, max_num_batched_tokens=tokens, max_model_len=2048, is_encoder_decoder=False,
-            enable_chunked_prefill=True, async_scheduling=True, policy=policy,
+            enable_chunked_prefill=True, async_scheduling=True, policy=order,
         ),
         model_config=model,
         cache_config=CacheConfig(block_size=BLOCK_SIZE, enable_prefix_caching=caching),

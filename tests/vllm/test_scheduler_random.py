@@ -85,7 +85,7 @@ def test_nobody_is_lost_or_stuck(name: str) -> None:
     while steps < STEPS:
         scheduler = CASES[name](
             blocks=rng.choice([24, 60, 400]), seats=rng.choice([3, 16]), tokens=rng.choice([64, 512]),
-            caching=rng.random() < 0.7, policy=rng.choice(["fcfs", "priority"]),
+            caching=rng.random() < 0.7, order=rng.choice(["fcfs", "priority"]),
         )  # fmt: skip
         driver = Driver(scheduler, depth=rng.choice([1, 2, 2, 3]))
         asked: dict[str, int] = {}

@@ -12,31 +12,37 @@ from scipy.optimize import nnls
 from flexirl.runtime.profile.step_time import COEFFICIENTS
 
 FITTED = ("base_s", "per_sequence_s", "per_token_s", "per_context_s", "per_chunk_context_s")
-_REMEMBERED = 2000.0  # steps: a step so long ago counts 1/e
-_LEAST_STEPS = 32  # before the fit is believed
-_REFIT_STEPS = 16
+_REMEMBERED = 2000.0  # steps: one so long ago counts 1/e
+_TOGETHER = 16  # steps that are added at a time: one by one, each would cost what all do
 _LEAST_S = 1e-9  # of base and per token: what divides by them goes on
 
 
 class OnlineFit:
-    """Keeps the step-time figures of `engine`, an `ENGINE` record, up to date; until then they are what they were."""
+    """Keeps the step-time figures of `engine`, an `ENGINE` record, up to date; until then they are what they were.
+
+    steps: that it has learned from.
+    """
 
     def __init__(self, engine: np.ndarray) -> None:
         self.steps = 0
         self._engine = engine
+        self._rows = np.zeros((_TOGETHER, len(FITTED)))
         self._products = np.zeros((len(FITTED), len(FITTED)))
         self._sums = np.zeros(len(FITTED))
 
     def add(self, batch: np.ndarray, tokens: int, seconds: float) -> None:
         """A step of so many tokens took so long; batch: its `BATCH` record, as planned."""
-        row = np.array([1.0, batch["sampled_sequences"], tokens, batch["decode_context"], batch["chunk_context"]])
-        row /= seconds
-        keep = 1.0 - 1.0 / _REMEMBERED
-        self._products = keep * self._products + np.outer(row, row)
-        self._sums = keep * self._sums + row
+        share = 1.0 / seconds
+        _, _, sampled, context, chunk_context, _, _ = batch.item()
+        self._rows[self.steps % _TOGETHER] = (share, sampled * share, tokens * share, context * share,
+                                              chunk_context * share)  # fmt: skip
         self.steps += 1
-        if self.steps >= _LEAST_STEPS and self.steps % _REFIT_STEPS == 0:
-            self._refit()
+        if self.steps % _TOGETHER == 0:
+            keep = np.exp(-_TOGETHER / _REMEMBERED)
+            self._products = keep * self._products + self._rows.T @ self._rows
+            self._sums = keep * self._sums + self._rows.sum(axis=0)
+            if self.steps > _TOGETHER:
+                self._refit()
 
     def _refit(self) -> None:
         # Columns differ by ten orders of magnitude; scaled to unit length they keep the solver well conditioned.

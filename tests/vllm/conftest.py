@@ -13,8 +13,8 @@ except ImportError:
     vllm = None
 
 if vllm is not None:
-    # vLLM for CPUs looks through all modules for kernels, and stumbles over an object of llvmlite that has any attribute
-    # it is asked for. A server is not concerned: it imports the scheduler after that, and only once.
+    # vLLM for CPUs looks through all modules for kernels, and stumbles over an object of llvmlite that has whatever
+    # attribute it is asked for. A server is not concerned: it imports the scheduler after that, and only once.
     from llvmlite.binding import ffi
 
     _any_attribute = ffi._lib_wrapper.__getattr__

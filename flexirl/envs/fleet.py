@@ -246,7 +246,8 @@ class Fleet:
         """One decision interval of every member: observations, rewards (float32) and whose episode is over (bool).
 
         action: float32 (members, NUM_DIALS or VISIBLE), or integers (members,) for the grid. Members whose episode is
-        over have their last observation; `restart` begins their next one. Raises ValueError for another shape.
+        over have their last observation; `restart` begins their next one. Raises ValueError for another shape, and for
+        numbers that are not finite.
         """
         if self._kind == _GRID:
             action = _GRID_DIALS[np.asarray(action, np.int64).reshape(self.members)]
@@ -255,6 +256,8 @@ class Fleet:
         if action.shape != (self.members, numbers):
             raise ValueError(f"Actions of shape {action.shape} do not fit {self.members} members of {numbers} numbers.")
 
+        if not np.isfinite(action).all():
+            raise ValueError("Actions hold a number that is not finite; an action is from -1 to 1.")
         self._run(action)
         now_s = self._states.scheduler["now_s"][:, 0]
         warmup_s = self._member["warmup_s"]

@@ -10,9 +10,11 @@ from gymnasium.utils.env_checker import check_env as gymnasium_check
 from stable_baselines3.common.env_checker import check_env as sb3_check
 
 import flexirl  # noqa: F401 - registers the environment
-from flexirl.envs.batching import BatchingEnv
+from flexirl.envs.batching import COUNTED, BatchingEnv
 from flexirl.envs.fleet import Fleet
 from flexirl.policies.interface.action import NUM_DIALS
+from flexirl.runtime.scheduler.state import FINISHED
+from flexirl.workloads.trace import IMMEDIATE
 
 KINDS = ("dials", "grid", "scores")
 SHORT = ["workload.duration_s=5", "workload.warmup_s=0"]
@@ -94,8 +96,46 @@ def test_renders_a_picture() -> None:
     assert isinstance(later, np.ndarray) and later.shape == picture.shape and (later != picture).any()
 
 
-def test_shows_a_window_where_there_is_none_to_show_it_on() -> None:
-    env = BatchingEnv(Fleet(small_task(), 1), render_mode="human")
+def test_info_counts_what_came_about_in_every_interval() -> None:
+    """The sums over an episode are the totals that the engine has at its end."""
+    env = BatchingEnv(Fleet(small_task(), 1))
+    env.reset(seed=3)
+    sums: dict[tuple[str, str], int] = {}
+    elapsed_s, over = 0.0, False
+    while not over:
+        _, _, _, over, info = env.step(np.zeros(env.action_space.shape or (), np.float32))
+        elapsed_s += info["elapsed_s"]
+        for which in ("immediate", "deferred"):
+            for name, count in info[which].items():
+                assert count >= 0
+                sums[which, name] = sums.get((which, name), 0) + count
+    state = env.fleet.state(0)
+    assert elapsed_s == pytest.approx(float(state.scheduler["now_s"][0]))
+    for c, which in enumerate(("immediate", "deferred")):
+        for name, field in COUNTED.items():
+            assert sums.get((which, name)) == state.classes[c][field]
+    requests = state.requests[state.requests["status"] == FINISHED]
+    assert sums["immediate", "finished"] == (requests["request_class"] == IMMEDIATE).sum() > 0
+
+
+def test_a_reward_of_ones_own_by_a_wrapper() -> None:
+    """The example of docs/environment.md."""
+
+    class KeptPromises(gymnasium.Wrapper):  # type: ignore[type-arg]
+        def step(self, action):  # type: ignore[no-untyped-def]
+            observation, _, terminated, truncated, info = self.env.step(action)
+            reward = info["immediate"]["kept"] - 2 * info["immediate"]["lost"]
+            return observation, reward, terminated, truncated, info
+
+    env = KeptPromises(gymnasium.make("flexirl/Batching-v0", task=small_task()))
+    env.reset(seed=1)
+    assert any(env.step(env.action_space.sample())[1] != 0 for _ in range(40))
+
+
+def test_what_cannot_be_stepped() -> None:
+    env = BatchingEnv(Fleet(small_task(), 1))
+    with pytest.raises(gymnasium.error.ResetNeeded, match="step comes before reset"):
+        env.step(env.action_space.sample())
     env.reset(seed=0)
-    env.step(np.zeros(NUM_DIALS, np.float32))
-    assert env.render() is None
+    with pytest.raises(ValueError, match="not finite"):
+        env.step(np.full(env.action_space.shape or (), np.nan, np.float32))

@@ -173,7 +173,7 @@ def test_episodes_come_round_after_all_traces() -> None:
         (lambda: Fleet(small_task(), 0), "env.members=0"),
         (lambda: Fleet(small_task(), 4, traces=0), "env.traces=0"),
         (lambda: small_task(action="knobs"), "env.action=knobs is unknown; choose from dials, grid, scores"),
-        (lambda: small_task(interval_s=0.0), "env.interval_s=0.0"),
+        (lambda: small_task(interval_s=0.0), "env.interval_s=0 is out of range"),
         (lambda: small_task(deferred_order="random"), "order random is unknown"),
     ],
 )

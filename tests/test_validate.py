@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ import pytest
 from flexirl.errors import UserError
 from flexirl.policies.registry import make_policy
 from flexirl.programs.validate import compare
+from flexirl.runtime.fitting.host_time import first_third, with_host_time
 from flexirl.runtime.fitting.operators import fit_profile, read_lengths
+from flexirl.runtime.fitting.recorded_engine import is_asynchronous
 from flexirl.runtime.fitting.replay import Record, Served, replay
+from flexirl.runtime.fitting.requests import read_requests
 
 ROOT = Path(__file__).parents[1]
 RECORDED = ROOT.parent / "shared" / "real_vllm" / "rtx4090-llama-3.1-8b"
@@ -91,7 +95,9 @@ def test_a_record_made_by_the_surrogate_shows_no_difference(tmp_path: Path, fold
     assert ran.returncode == 0, ran.stderr
     rows = json.loads((tmp_path / "out" / "validation.json").read_text())
     assert [(row["metric"], row["statistic"]) for row in rows] == FIGURES
-    assert all(set(row) == {"metric", "statistic", "real", "surrogate", "difference", "spread"} for row in rows)
+    assert all(
+        set(row) == {"metric", "statistic", "real", "surrogate", "difference", "without", "spread"} for row in rows
+    )
     assert [row["surrogate"] for row in rows] == pytest.approx([row["real"] for row in rows], rel=1e-9)
     assert [row["difference"] for row in rows] == pytest.approx([0.0] * len(rows), abs=1e-9)
     assert (tmp_path / "out" / "validation.png").read_bytes().startswith(b"\x89PNG")
@@ -103,7 +109,8 @@ def test_differences_are_shares_of_the_recorded_figure() -> None:
     queued, tokens = np.array([0.0, 1.0]), np.array([11, 1])
     real = Served(queued, np.array([2.0, 3.0]), np.array([4.0, 3.0]), tokens)
     ours = Served(queued, np.array([2.5, 3.0]), np.array([5.5, 3.0]), tokens)
-    rows = {(row["metric"], row["statistic"]): row for row in compare(real, ours, [real, ours])}
+    rows = {(row["metric"], row["statistic"]): row for row in compare(real, ours, real, [real, ours])}
+    assert all(row["without"] == 0 for row in rows.values())
     assert rows["ttft", "mean"]["difference"] == pytest.approx(0.125)  # (2.5 + 2) / (2 + 2) - 1
     assert rows["tpot", "p50"]["difference"] == pytest.approx(0.5)  # 0.3 s against 0.2 s; one token has no TPOT
     assert rows["e2e", "mean"]["difference"] == pytest.approx(0.25)  # (5.5 + 2) / (4 + 2) - 1
@@ -239,3 +246,45 @@ def test_separators_inside_strings_do_not_end_lines(folder: Path) -> None:
     text = "".join(json.dumps({**row, "note": "a\u2028b\u0085c"}, ensure_ascii=False) + "\n" for row in rows)
     (folder / "requests.jsonl").write_text(text, encoding="utf-8")
     assert len(Record.read(folder).trace) == len(rows) == len(read_lengths(folder))
+
+
+def test_host_time_is_found_by_the_first_third_and_tells_of_the_rest(folder: Path) -> None:
+    """Of a record that the surrogate made with 2 ms of the host an iteration."""
+    record, engine, policy = Record.read(folder), fit_profile(folder), make_policy("vllm_fcfs")
+    slow, _ = replay(policy, engine.replace(host_s=0.002), record.trace, record.asynchronous)
+    part = first_third(len(record.trace))
+    assert part.stop == 20
+    # What became of the others must not matter.
+    served = replace(slow, last_token_s=np.where(np.arange(60) < 20, slow.last_token_s, slow.last_token_s + 9))
+    found = with_host_time(engine, replace(record, served=served), policy)
+    assert float(found.values["host_s"]) == pytest.approx(0.002, rel=0.02)
+    assert with_host_time(engine, record, policy) == engine  # none is missing
+
+
+def test_what_a_record_does_not_say_is_given_or_derived(tmp_path: Path, folder: Path) -> None:
+    meta = json.loads((folder / "meta.json").read_text())
+    seats = meta["engine_kwargs"]["max_num_seqs"]
+    meta["kv_cache"].pop("num_gpu_blocks")
+    meta["kv_cache"].pop("block_size")
+    meta["engine_kwargs"]["max_model_len"] = None
+    (folder / "meta.json").write_text(json.dumps(meta))
+    ran = run(tmp_path, f"run={folder}")
+    assert ran.returncode == 0, ran.stderr
+    values = json.loads((tmp_path / "out" / "profile.json").read_text())["values"]
+    longest = values["max_model_len"]["value"]
+    assert longest == max(row["input_toks"] + row["output_toks"] for _, row in read_requests(folder))
+    assert values["kv_blocks"]["value"] == -(-longest // 16) * seats and values["block_size"]["value"] == 16
+    assert "kv_blocks" in ran.stdout and "not recorded" in ran.stdout
+    ran = run(tmp_path, f"run={folder}", "engine.kv_blocks=50", "engine.block_size=32")
+    assert ran.returncode == 0 and "kv_blocks 50: set by engine.kv_blocks" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("meta", "expected"),
+    [
+        ({"vllm_version": "0.19.0"}, True), ({"vllm_version": "0.9.2"}, False), ({}, False),
+        ({"vllm_version": "0.19.0", "resolved_config": {"scheduler_config": {"async_scheduling": False}}}, False),
+    ],
+)  # fmt: skip
+def test_scheduling_ahead_is_as_recorded_or_as_the_version_has_it(meta: dict[str, object], expected: bool) -> None:
+    assert is_asynchronous(meta) is expected

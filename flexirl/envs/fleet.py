@@ -34,7 +34,7 @@ from flexirl.workloads.scenario import Scenario
 from flexirl.workloads.slo import SLO
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE, TRACE_ROW, Trace
 
-SHORTEST_INTERVAL_S = 0.001  # much less than an iteration
+SHORTEST_INTERVAL_S = 0.0001  # much less than an iteration
 ACTIONS = ("dials", "grid", "scores")
 _DIALS, _GRID, _SCORES = range(3)
 _GRID_DIALS = np.array(actions.GRID, np.float32)

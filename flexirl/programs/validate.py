@@ -1,8 +1,9 @@
 """Program: the surrogate against a recorded run of vLLM: `python -m flexirl.validate run=FOLDER`.
 
 Fits a profile to the run's measured operator times, replays the run's arrivals and lengths under `vllm_fcfs` and
-compares what requests got. No recorded latency enters the replay. Writes validation.json, validation.png and
-profile.json into the run's folder.
+compares what requests got. The host's time per iteration, which operators do not tell, is fitted to the first third of
+the requests; the others are compared, and of their latencies nothing enters the replay. Writes validation.json,
+validation.png and profile.json into the run's folder.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from omegaconf import DictConfig
 
 from flexirl.errors import UserError
 from flexirl.experiments.program import output_folder
-from flexirl.experiments.values import flag_of
+from flexirl.experiments.values import count_of, flag_of
 from flexirl.policies.registry import make_policy
 from flexirl.progress import progress_bar
+from flexirl.runtime.fitting.host_time import first_third, with_host_time
 from flexirl.runtime.fitting.operators import fit_profile
 from flexirl.runtime.fitting.replay import Record, Served, replay
 from flexirl.runtime.profile.engine import EngineProfile, save_profile
@@ -42,12 +44,13 @@ def statistics(served: Served) -> dict[tuple[str, str], float]:
     return figures
 
 
-def compare(real: Served, surrogate: Served, others: list[Served]) -> list[dict[str, Any]]:
-    """Rows of metric, statistic, real and surrogate (seconds), difference and spread (shares of the real figure).
+def compare(real: Served, surrogate: Served, bare: Served, others: list[Served]) -> list[dict[str, Any]]:
+    """Rows of metric, statistic, real and surrogate (seconds), difference, without and spread (shares of the real).
 
-    difference: surrogate over real, less 1; spread: standard deviation over the `others`. None where real is 0.
+    difference: surrogate over real, less 1; without: the same of `bare`, whose engine has no host time; spread:
+    standard deviation over the `others`. None where real is 0.
     """
-    ours = statistics(surrogate)
+    ours, without = statistics(surrogate), statistics(bare)
     around = [statistics(other) for other in others]
     rows = []
     for key, seconds in statistics(real).items():
@@ -59,6 +62,7 @@ def compare(real: Served, surrogate: Served, others: list[Served]) -> list[dict[
                 "real": seconds,
                 "surrogate": ours[key],
                 "difference": ours[key] / seconds - 1 if seconds else None,
+                "without": without[key] / seconds - 1 if seconds else None,
                 "spread": float(spread / seconds) if seconds else None,
             }
         )
@@ -81,12 +85,16 @@ def neighbours(engine: EngineProfile, record: Record, progress: bool) -> list[Se
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows of `compare` as aligned text, shares in percent."""
-    lines = [f"{'metric':8}{'statistic':10}{'real, s':>12}{'surrogate, s':>14}{'difference':>12}{'spread':>9}"]
+    lines = [
+        f"{'metric':8}{'statistic':10}{'real, s':>12}{'surrogate, s':>14}{'difference':>12}{'without':>10}{'spread':>9}"
+    ]
     for row in rows:
-        shares = ("-", "-") if row["difference"] is None else (f"{row['difference']:+.2%}", f"{row['spread']:.2%}")
+        none = row["difference"] is None
+        shares = ["-" if none else f"{row[name]:+.2%}" for name in ("difference", "without")]
+        shares.append("-" if none else f"{row['spread']:.2%}")
         lines.append(
             f"{row['metric']:8}{row['statistic']:10}{row['real']:>12.4g}{row['surrogate']:>14.4g}"
-            f"{shares[0]:>12}{shares[1]:>9}"
+            f"{shares[0]:>12}{shares[1]:>10}{shares[2]:>9}"
         )
     return "\n".join(lines)
 
@@ -119,12 +127,29 @@ def run(config: DictConfig) -> None:
     if config.run is None:
         raise UserError("run= is missing; it names the folder of a recorded run.")
     record = Record.read(str(config.run))
-    engine = fit_profile(str(config.run))
-    surrogate, series = replay(make_policy("vllm_fcfs"), engine, record.trace, record.asynchronous)
-    rows = compare(record.served, surrogate, neighbours(engine, record, flag_of(config.progress, "progress")))
+    given = {
+        name: None if value is None else count_of(value, f"engine.{name}") for name, value in config.engine.items()
+    }
+    engine = fit_profile(str(config.run), given={str(name): value for name, value in given.items()})
+    policy = make_policy("vllm_fcfs")
+    bare, _ = replay(policy, engine, record.trace, record.asynchronous)
+    engine = with_host_time(engine, record, policy)
+    surrogate, series = replay(policy, engine, record.trace, record.asynchronous)
+    rest = slice(first_third(len(record.trace)).stop, None)
+    around = neighbours(engine, record, flag_of(config.progress, "progress"))
+    real, ours, without = (served.part(rest) for served in (record.served, surrogate, bare))
+    rows = compare(real, ours, without, [other.part(rest) for other in around])
     print(f"{record.trace.name}: {len(record.trace)} requests")
+    for name, where in engine.origin.items():
+        if where.startswith(("not recorded", "set by")):
+            print(f"{name} {engine.values[name]}: {where}")
     fit = engine.fit
     print(f"profile: mean error {fit['mape']:.2%}, 95th percentile {fit['p95_error']:.2%}, R2 {fit['r2']:.4f}")
+    if rest.start:
+        print(
+            f"host time {1e3 * engine.values['host_s']:.3f} ms an iteration, by the first {rest.start} requests; the "
+            "others follow, with it and without"
+        )
     print(table(rows))
     if engine.values["prefix_caching"] and not record.trace.rows["prefix_tokens"].any():
         print("Prefix caching was on, but the record does not say which prompts began alike: none shares blocks.")

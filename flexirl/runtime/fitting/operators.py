@@ -23,7 +23,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ import numpy as np
 from scipy.interpolate import RegularGridInterpolator
 
 from flexirl.errors import UserError
+from flexirl.runtime.fitting.recorded_engine import capacity_of
 from flexirl.runtime.fitting.requests import read_requests
 from flexirl.runtime.profile.engine import EngineProfile, make_profile
 from flexirl.runtime.profile.step_time import BATCH, design_matrix, fit
@@ -335,30 +336,14 @@ def features_of(iterations: Sequence[tuple[Sequence[tuple[int, int]], np.ndarray
     return features
 
 
-def fit_profile(folder: str | Path, count: int = 8000) -> EngineProfile:
-    """The engine of a recorded run: step time fitted to `count` composed iterations, capacity from its settings.
+def fit_profile(folder: str | Path, count: int = 8000, given: Mapping[str, int | None] | None = None) -> EngineProfile:
+    """The engine of a recorded run: step time fitted to `count` composed iterations, capacity as `capacity_of` has it.
 
     Deterministic. The fit's report has, beside the usual errors, the mean error on iterations of decodes alone
     (`decode_mape`, `decode_bias`) and on the rest (`mixed_mape`, `mixed_bias`), as shares.
     """
     folder = Path(folder)
-    meta = read_meta(folder)
-    settings = meta.get("engine_kwargs", {})
-    cache = meta.get("kv_cache", {})
-    values: dict[str, float] = {}
-    for field, source, name in (
-        ("kv_blocks", cache, "num_gpu_blocks"),
-        ("block_size", cache, "block_size"),
-        ("max_tokens_per_step", settings, "max_num_batched_tokens"),
-        ("max_running", settings, "max_num_seqs"),
-        ("max_model_len", settings, "max_model_len"),
-    ):
-        if not isinstance(source.get(name), int):
-            raise UserError(f"{folder / 'meta.json'} needs the whole number {name} of the recorded engine.")
-        values[field] = source[name]
-    values["kv_blocks"] -= 1  # vLLM keeps one block of its pool back: padding and skipped positions point to it
-    values["prefix_caching"] = int(bool(cache.get("enable_prefix_caching", False)))
-    origin = {field: "setting of the recorded run (meta.json)" for field in values}
+    values, origin = capacity_of(folder / "meta.json", read_meta(folder), read_lengths(folder), given or {})
     tables = OperatorTables.read(folder)
     iterations = sample_iterations(
         read_lengths(folder),

@@ -19,7 +19,7 @@ blocks and seat until the next one is chosen (`update_from_output` in `vllm/v1/c
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from flexirl.compiled import compiled
 from flexirl.errors import UserError
 from flexirl.policies.interface.policy import Policy
 from flexirl.runtime.fitting.operators import read_meta
+from flexirl.runtime.fitting.recorded_engine import is_asynchronous
 from flexirl.runtime.fitting.requests import read_requests
 from flexirl.runtime.profile.engine import EngineProfile
 from flexirl.runtime.profile.step_time import step_time
@@ -57,6 +58,10 @@ class Served:
     first_token_s: np.ndarray
     last_token_s: np.ndarray
     output_tokens: np.ndarray
+
+    def part(self, which: slice) -> Served:
+        """Some of the requests."""
+        return Served(*(getattr(self, field.name)[which] for field in fields(self)))
 
     @property
     def ttft_s(self) -> np.ndarray:
@@ -93,7 +98,6 @@ class Record:
         folder = Path(folder)
         if not folder.is_dir():
             raise UserError(f"{folder} does not exist; run= names the folder of a recorded run.")
-        settings = (read_meta(folder).get("resolved_config") or {}).get("scheduler_config") or {}
         path = folder / "requests.jsonl"
         numbered = [(*_figures(path, number, request), number) for number, request in read_requests(folder)]
         numbered.sort(key=lambda of: of[0])
@@ -114,7 +118,7 @@ class Record:
         seconds = times[:, 1:] - times[:, 1].min()
         served = Served(seconds[:, 0], seconds[:, 1], seconds[:, 2], rows["output_tokens"])
         trace = Trace(rows, folder.resolve().name, 1)
-        return Record(trace, served, _read_series(folder), bool(settings.get("async_scheduling", False)))
+        return Record(trace, served, _read_series(folder), is_asynchronous(read_meta(folder)))
 
 
 def _figures(path: Path, number: int, request: dict[str, Any]) -> tuple[float, ...]:

@@ -6,7 +6,6 @@ Gymnasium, PyTorch and the live engine take seconds to import: what needs them i
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,14 +122,7 @@ def held_out_task(config: DictConfig, task: Task) -> Task:
         recorded = Path(config.workload.path)
         beside = recorded.with_name(recorded.name.replace(".csv", ".val.csv", 1))
         path = str(beside) if beside != recorded and beside.is_file() else None
-    if path is None:
-        return task
-    held_out = load_task_on(config, path)
-    duration_s = held_out.scenario.duration_s
-    if duration_s is not None and held_out.scenario.immediate.length_s(None, held_out.service_time_s) < duration_s:
-        # Too short for a window of that length: all of it.
-        held_out = replace(held_out, scenario=replace(held_out.scenario, duration_s=None))
-    return held_out
+    return task if path is None else load_task_on(config, path)
 
 
 def _mixed(config: DictConfig, numbers: Iterable[int]) -> list[Task]:

@@ -1,10 +1,14 @@
-"""A trace: the requests of one scenario, one row each, sorted by arrival."""
+"""A trace: the requests of one scenario, one row each, sorted by arrival.
+
+What a prompt says is not kept, only which stretches of it are the same as in others: see `CONTENT`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flexirl.errors import UserError
 
@@ -25,10 +29,20 @@ TRACE_ROW = np.dtype(
         ("predicted_output_tokens", "i4"),  # what an output-length predictor says; 0 where none is switched on
         ("num_images", "i4"),
         ("image_tokens", "i4"),  # of prompt_tokens, those that a vision encoder makes
-        ("prefix_tokens", "i4"),  # of prompt_tokens, those already cached by an earlier request
+        ("prefix_tokens", "i4"),  # of prompt_tokens, those that earlier requests had too: a cache without end has them
+        # A turn of a conversation waits for the answer to the one before: it arrives delay_s seconds after that ended,
+        # and arrival_s, by which rows are sorted, is only when it was recorded or is expected.
+        ("follows", "i4"),  # that one stands so many rows above; 0: it waits for none
+        ("delay_s", "f8"),
+        ("content_first", "i8"),  # its stretches in `Trace.contents`, and how many; 0: it shares nothing
+        ("content_count", "i4"),
     ],
     align=True,
 )
+
+# Prompt and answer as stretches of tokens, in order. Sequences with a stretch of the same origin at the same place are
+# the same up to there, token by token, all that stands before it included. What lies behind the last is its own.
+CONTENT = np.dtype([("origin", "u8"), ("end", "i4")], align=True)  # end: tokens from the start of the prompt
 
 
 @dataclass(frozen=True)
@@ -36,13 +50,14 @@ class Trace:
     """Requests sorted by arrival.
 
     rows: array of `TRACE_ROW`; name: where they come from; num_tenants: tenants are 0..num_tenants-1; asked: the rows
-    before `within` cut them, None where it did not.
+    before `within` cut them, None where it did not; contents: array of `CONTENT`, of all rows.
     """
 
     rows: np.ndarray
     name: str
     num_tenants: int
     asked: np.ndarray | None = None
+    contents: np.ndarray = field(default_factory=lambda: np.zeros(0, CONTENT))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -60,11 +75,11 @@ class Trace:
         room = np.maximum(longest - rows["prompt_tokens"], 1)
         for column in ("max_tokens", "output_tokens", "predicted_output_tokens"):
             rows[column] = np.minimum(rows[column], room)
-        return Trace(rows, self.name, self.num_tenants, self.rows)
+        return Trace(rows, self.name, self.num_tenants, self.rows, self.contents)
 
     def as_asked(self) -> Trace:
         """The requests before `within` cut them."""
-        return self if self.asked is None else Trace(self.asked, self.name, self.num_tenants)
+        return self if self.asked is None else Trace(self.asked, self.name, self.num_tenants, None, self.contents)
 
     @property
     def duration_s(self) -> float:
@@ -83,11 +98,27 @@ def empty_rows(count: int) -> np.ndarray:
     return rows
 
 
+def take(rows: np.ndarray, chosen: NDArray[np.int64]) -> np.ndarray:
+    """The rows with these numbers, in this order, as a copy; what follows one that is left out waits for none.
+
+    chosen: no number twice, and each request after the one it follows.
+    """
+    place = np.full(len(rows), -1)
+    place[chosen] = np.arange(len(chosen))
+    taken = rows[chosen]
+    before = place[chosen - taken["follows"]]
+    taken["follows"] = np.where((taken["follows"] > 0) & (before >= 0), np.arange(len(chosen)) - before, 0)
+    return taken
+
+
 def merge(traces: list[Trace], name: str) -> Trace:
     """One trace of all rows, stable-sorted by arrival; tenants keep their numbers."""
     rows = np.concatenate([trace.rows for trace in traces])
-    order = np.argsort(rows["arrival_s"], kind="stable")
-    return Trace(rows[order], name, max(trace.num_tenants for trace in traces))
+    shift = np.cumsum([0, *(len(trace.contents) for trace in traces[:-1])])
+    rows["content_first"] += np.repeat(shift, [len(trace) for trace in traces])
+    rows = take(rows, np.argsort(rows["arrival_s"], kind="stable"))
+    contents = np.concatenate([trace.contents for trace in traces])
+    return Trace(rows, name, max(trace.num_tenants for trace in traces), contents=contents)
 
 
 def check(rows: np.ndarray, source: str) -> None:
@@ -100,6 +131,9 @@ def check(rows: np.ndarray, source: str) -> None:
         ("max_tokens", rows["max_tokens"] < rows["output_tokens"], "max_tokens is at least output_tokens"),
         ("image_tokens", rows["image_tokens"] > rows["prompt_tokens"], "image tokens are part of the prompt"),
         ("prefix_tokens", rows["prefix_tokens"] > rows["prompt_tokens"], "cached tokens are part of the prompt"),
+        ("follows", rows["follows"] < 0, "a request waits for one that stands above it"),
+        ("follows", rows["follows"] > np.arange(len(rows)), "a request waits for one that stands above it"),
+        ("delay_s", ~(np.isfinite(rows["delay_s"]) & (rows["delay_s"] >= 0)), "a delay is 0 or more seconds"),
     )
     for column, broken, remedy in rules:
         if broken.any():

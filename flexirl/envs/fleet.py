@@ -142,17 +142,17 @@ class Fleet:
         self._durations_s = [each.duration_s() for each in self.tasks]
         first = self._trace(0)[0]
         self._rewards: dict[int, np.ndarray] = {}
-        self._allocate(int(1.1 * len(first)) + 64, first.num_tenants)
+        self._allocate(int(1.1 * len(first)) + 64, first.num_tenants, int(1.1 * len(first.contents)))
         threads = min(threads or available_cores(), members)
         bounds_ = np.linspace(0, members, threads + 1).astype(int)
         self._shares = list(zip(bounds_[:-1].tolist(), bounds_[1:].tolist(), strict=True))
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
-    def _allocate(self, max_requests: int, num_tenants: int) -> None:
+    def _allocate(self, max_requests: int, num_tenants: int, contents: int) -> None:
         engines = [task.engine for task in self.tasks]
         largest = max(engines, key=lambda engine: engine.values["prefix_caching"] * engine.values["kv_blocks"])
         largest = largest.replace(max_running=max(int(engine.values["max_running"]) for engine in engines))
-        self._states = new_states(self.members, largest, max_requests, max(num_tenants, 1))
+        self._states = new_states(self.members, largest, max_requests, max(num_tenants, 1), contents)
         self._traces = np.zeros((self.members, max_requests), TRACE_ROW)
         self._member = np.zeros(self.members, MEMBER)
         self._reward = np.zeros(self.members, REWARD)
@@ -194,8 +194,9 @@ class Fleet:
         groups = self.members // self.group_size
         needed = [self._trace(number)[0] for number in range(min(self.num_traces, groups))]
         rows, tenants = max(map(len, needed)), max(trace.num_tenants for trace in needed)
-        if rows > self._traces.shape[1] or tenants > self._states.tenants.shape[1]:
-            self._allocate(int(1.1 * rows), tenants)
+        contents = max(len(trace.contents) for trace in needed)
+        if not self._has_room(rows, tenants, contents):
+            self._allocate(int(1.1 * rows), tenants, int(1.1 * contents))
         for group in range(groups):
             self._episode[group] = group
             self._start(group, (group + 1) / groups if stagger else 1.0)
@@ -205,10 +206,11 @@ class Fleet:
         number = int(self._episode[group]) % self.num_traces
         task, (trace, promises) = self._task_of(number), self._trace(number)
         which = number % len(self.tasks)
-        if len(trace) > self._traces.shape[1] or trace.num_tenants > self._states.tenants.shape[1]:
-            self._grow(len(trace), trace.num_tenants)
+        if not self._has_room(len(trace), trace.num_tenants, len(trace.contents)):
+            self._grow(len(trace), trace.num_tenants, len(trace.contents))
         for m in range(group * self.group_size, (group + 1) * self.group_size):
             self._traces[m, : len(trace)] = trace.rows
+            self._states.contents[m, : len(trace.contents)] = trace.contents
             self._member[m] = np.zeros((), MEMBER)
             self._member[m]["rows"] = len(trace)
             self._member[m]["duration_s"] = share * self._durations_s[which]
@@ -231,10 +233,22 @@ class Fleet:
         """Observes member m."""
         _observe_member(self._states, self._views, self._seen, self._observers, self.observations, m)
 
-    def _grow(self, max_requests: int, num_tenants: int) -> None:
+    def _has_room(self, max_requests: int, num_tenants: int, contents: int) -> bool:
+        states = self._states
+        return (
+            max_requests <= self._traces.shape[1]
+            and num_tenants <= states.tenants.shape[1]
+            and contents <= states.contents.shape[1]
+        )
+
+    def _grow(self, max_requests: int, num_tenants: int, contents: int) -> None:
         """Makes room for a longer trace in the middle of other members' episodes."""
         old = (self._states, self._traces, self._views, self._member, self._warm, self._reward)
-        self._allocate(max(int(1.1 * max_requests), old[1].shape[1]), max(num_tenants, old[0].tenants.shape[1]))
+        self._allocate(
+            max(int(1.1 * max_requests), old[1].shape[1]),
+            max(num_tenants, old[0].tenants.shape[1]),
+            max(int(1.1 * contents), old[0].contents.shape[1]),
+        )
         for new_array, old_array in zip(self._states, old[0], strict=True):
             new_array[tuple(slice(n) for n in old_array.shape)] = old_array
         self._states.lanes[:, :, old[0].lanes.shape[2] :] = -1
@@ -342,7 +356,9 @@ def _member_state(states: State, m: int) -> State:
     return State(
         states.requests[m], states.running[m], states.work[m], states.work_totals[m], states.classes[m],
         states.tenants[m], states.lanes[m], states.scheduler[m], states.decision[m], states.batch[m],
-        states.engine[m], states.ring[m], states.promises[m], states.itl_histogram[m],
+        states.engine[m], states.contents[m], states.nodes[m], states.buckets[m], states.block_rows[m],
+        states.spare_rows[m], states.block_before[m], states.spare_blocks[m], states.promises[m],
+        states.itl_histogram[m],
     )  # fmt: skip
 
 

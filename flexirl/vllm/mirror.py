@@ -30,7 +30,7 @@ from flexirl.runtime.scheduler.books import (
     settle_first_tokens,
     settle_running,
 )
-from flexirl.runtime.scheduler.kv_cache import blocks_for, forget, release
+from flexirl.runtime.scheduler.kv_cache import blocks_for, release
 from flexirl.runtime.scheduler.plan import apply, plan
 from flexirl.runtime.scheduler.queues import first_waiting, owed_tokens, push, remove
 from flexirl.runtime.scheduler.state import CANCELLED, EXPIRED, FINISHED, REJECTED, RUNNING, WAITING, State, new_states
@@ -82,7 +82,8 @@ class Mirror:
 
     def __init__(self, profile: EngineProfile, max_requests: int, tenants: int) -> None:
         seats = int(profile.values["max_running"])
-        self.state = State(*(array[0] for array in new_states(1, profile, max_requests, tenants)))
+        state = State(*(array[0] for array in new_states(1, profile, max_requests, tenants)))
+        self.state = state._replace(nodes=state.nodes[:0])  # it is vLLM that knows what is cached
         surrogate.start(self.state, empty_rows(0), np.zeros(0, np.int32), 0)
         # No bound on a real iteration is certain, so a promise is broken when its time has passed and not before.
         self.state.scheduler["fastest_step_s"] = 0.0
@@ -278,7 +279,7 @@ def _follow(mirrored: Any, count: int, free_blocks: int, now_s: float) -> int:
         r = state.running[i]
         request = state.requests[r]
         if request.status == RUNNING and request.scheduled == 0:
-            release(state, r, 0)
+            release(state, r, False)
             state.classes[request.request_class].running -= 1
             request.status = AWAY
             out[0, gone] = r
@@ -310,6 +311,7 @@ def _follow(mirrored: Any, count: int, free_blocks: int, now_s: float) -> int:
             settle_running(state, r)
     scheduler.running = count
     scheduler.free_blocks = free_blocks
+    scheduler.empty_blocks = free_blocks
     settle_first_tokens(state)
     return gone
 
@@ -398,7 +400,6 @@ def _evicted(state: State, out: np.ndarray, before: int) -> int:
     for i in range(before):
         r = out[0, i]
         if state.requests[r].status != RUNNING:
-            forget(state, r)  # vLLM knows what of it is still cached
             out[0, evicted] = r
             evicted += 1
     return evicted

@@ -120,7 +120,7 @@ def growing_task() -> Task:
 
 def test_growing_in_the_middle_of_episodes_changes_nothing() -> None:
     fleet, large = (Fleet(growing_task(), 6, group_size=2, traces=30) for _ in range(2))
-    large._allocate(3000, 5)
+    large._allocate(3000, 5, 0)
     fleet.reset(SEED_THAT_GROWS)
     before = len(fleet.state(0).requests)
     grown, given = (play(each, 200, SEED_THAT_GROWS, stagger=True) for each in (fleet, large))

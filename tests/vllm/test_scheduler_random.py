@@ -118,4 +118,3 @@ def test_nobody_is_lost_or_stuck(name: str) -> None:
             assert arrived == ended >= len(asked) - len(aborted)  # some were gone before anybody looked
             assert not classes["waiting"].any() and not classes["running"].any() and not classes["kv_blocks"].any()
             assert not classes["waiting_tokens"].any() and not classes["relegated"].any()
-            assert not scheduler.mirror.state.scheduler["cached_blocks"].any()

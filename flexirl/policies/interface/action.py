@@ -97,6 +97,8 @@ def set_dials(decision, dials: np.ndarray, tpot_s: float, immediate_order: int, 
     decision.preempt_count = int(np.floor(max(dials[5] - 0.5, 0.0) * 8.0 + 1e-6))
     decision.relegate = 3.0 + 3.0 * dials[6]
     decision.deferred_margin_s = (160.0 + 160.0 * dials[7]) * tpot_s
+    decision.deferred_cache_share = 1.0
+    decision.immediate_cache_share = 0.0
 
 
 @compiled

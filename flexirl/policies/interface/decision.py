@@ -15,8 +15,9 @@ ARRIVAL, DEADLINE, SHORTEST, FAIR, SCORE = range(5)
 # ahead of deferred. CLASSES: all immediate work, then deferred work in what is left.
 ONE_QUEUE, PRIORITY, CLASSES = range(3)
 # Victims. LAST: the newest in the running batch. NEWEST: latest arrival. LEAST_OUTPUT: fewest output tokens, then
-# longest prompt. LOWEST_SCORE. All take deferred requests before immediate ones, but for LAST in one queue.
-LAST, NEWEST, LEAST_OUTPUT, LOWEST_SCORE = range(4)
+# longest prompt. LOWEST_SCORE. LEAST_COMPUTED: least work lost. All take deferred requests before immediate ones, but
+# for LAST in one queue.
+LAST, NEWEST, LEAST_OUTPUT, LOWEST_SCORE, LEAST_COMPUTED = range(5)
 # Preemption modes.
 CHEAPER, RECOMPUTE, SWAP = range(3)
 
@@ -45,6 +46,12 @@ DECISION = np.dtype(
         # Deferred requests with less time left in their window than this, or half of it, go behind the others.
         ("deferred_margin_s", "f8"),
         ("deferred_kv_share", "f8"),  # no deferred request is admitted above this share of the cache
+        # Of what the prefix cache keeps and nobody uses: above this share of all blocks, that of deferred work gives
+        # way first, below it what has been idle longest; 1 is always the latter.
+        ("deferred_cache_share", "f8"),
+        # No deferred request is admitted if that took more of what immediate work left in the prefix cache than leaves
+        # this share of all blocks; 0 is no limit.
+        ("immediate_cache_share", "f8"),
         ("reserve_ratio", "f8"),  # memory kept for running requests: this share (at most 1) of the output they may make
         ("reserve_new_ratio", "f8"),  # the same for the request to be admitted
         ("reserve_clip", "f8"),  # output tokens counted per request at most
@@ -78,6 +85,7 @@ def default_decision() -> np.ndarray:
     decision["immediate_step_s"] = np.inf
     decision["deferred_step_s"] = np.inf
     decision["deferred_kv_share"] = 1.0
+    decision["deferred_cache_share"] = 1.0
     decision["reserve_clip"] = np.inf
     return decision
 
@@ -111,7 +119,7 @@ def _fault(decisions: np.ndarray) -> int:
         return _IMMEDIATE_ORDER
     if not 0 <= decision.deferred_order <= SCORE:
         return _DEFERRED_ORDER
-    if not 0 <= decision.victim <= LOWEST_SCORE:
+    if not 0 <= decision.victim <= LEAST_COMPUTED:
         return _VICTIM
     if not 0 <= decision.preemption <= SWAP:
         return _PREEMPTION
@@ -124,8 +132,8 @@ def _fault(decisions: np.ndarray) -> int:
     figures = (
         decision.relegate, decision.immediate_step_s, decision.deferred_step_s, decision.immediate_slack,
         decision.deferred_slack, decision.deferred_decodes, decision.deferred_margin_s, decision.deferred_kv_share,
-        decision.reserve_ratio, decision.reserve_new_ratio, decision.reserve_clip, decision.order_weight_s,
-        decision.expected_output,
+        decision.deferred_cache_share, decision.immediate_cache_share, decision.reserve_ratio,
+        decision.reserve_new_ratio, decision.reserve_clip, decision.order_weight_s, decision.expected_output,
     )  # fmt: skip
     for i in range(len(figures)):
         if np.isnan(figures[i]):

@@ -37,6 +37,7 @@ from flexirl.runtime.scheduler.books import seats_taken
 from flexirl.runtime.scheduler.commit import commit, settle
 from flexirl.runtime.scheduler.looking import Lookout
 from flexirl.runtime.scheduler.plan import apply, plan
+from flexirl.runtime.scheduler.queues import owed_tokens
 from flexirl.runtime.scheduler.state import FINISHED, State
 from flexirl.runtime.simulator.simulation import start
 from flexirl.runtime.simulator.surrogate import arrive
@@ -45,8 +46,9 @@ from flexirl.workloads.trace import Trace, check, empty_rows
 
 # Running and waiting requests and the share of the KV cache in use, `now_s` seconds after the first arrival.
 SERIES = np.dtype([("now_s", "f8"), ("running", "f8"), ("waiting", "f8"), ("kv_share", "f8")])
-# When the next iteration is chosen, and what requests that end later than that still hold then.
-_CHOICE = np.dtype([("now_s", "f8"), ("held_blocks", "i8"), ("held_seats", "i8")])
+# When the next iteration is chosen, and what requests that end later than that still hold then: blocks, of them those
+# that the prefix cache does not keep, and seats.
+_CHOICE = np.dtype([("now_s", "f8"), ("held_blocks", "i8"), ("held_uncached", "i8"), ("held_seats", "i8")])
 _TIMES = ("queued_ts", "first_token_ts", "last_token_ts")
 
 
@@ -196,12 +198,16 @@ def _advance(
         queued_s[first : scheduler.trace_next] = choice.now_s
         _plan(state, choice)
         if batch.prefill_tokens > 0 or batch.decode_sequences > 0:
-            began_s, free_blocks, seats = scheduler.now_s, scheduler.free_blocks, seats_taken(state)
+            began_s, seats = scheduler.now_s, seats_taken(state)
+            free_blocks, empty_blocks = scheduler.free_blocks, scheduler.empty_blocks
+            if asynchronous:
+                _note_unknown(state)
             commit(state, step_time(engine, batch))
             choice.now_s = scheduler.now_s
             if asynchronous:
                 choice.now_s = began_s
                 choice.held_blocks = scheduler.free_blocks - free_blocks
+                choice.held_uncached = scheduler.empty_blocks - empty_blocks
                 choice.held_seats = seats - seats_taken(state)
             continue
         if choice.now_s == scheduler.now_s:
@@ -214,15 +220,27 @@ def _advance(
 
 
 @compiled
+def _note_unknown(state: State) -> None:
+    """A block is known by its tokens, and a decode begins before the token that it computes has been told."""
+    for i in range(state.scheduler[0].running):
+        request = state.requests[state.running[i]]
+        if request.scheduled > 0:
+            request.unknown = request.generated > 0 and owed_tokens(request) == 1
+
+
+@compiled
 def _plan(state: State, choice) -> None:
     """Plans the next iteration with what `choice` knew: what ended later still has its blocks and its seat."""
     scheduler, engine = state.scheduler[0], state.engine[0]
     scheduler.free_blocks -= choice.held_blocks
+    scheduler.empty_blocks -= choice.held_uncached
     engine.max_running -= choice.held_seats
     plan(state)
     scheduler.free_blocks += choice.held_blocks
+    scheduler.empty_blocks += choice.held_uncached
     engine.max_running += choice.held_seats
     choice.held_blocks = 0
+    choice.held_uncached = 0
     choice.held_seats = 0
 
 

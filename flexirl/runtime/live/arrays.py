@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flexirl.runtime.live.block_table import BlockTable, new_block_table
 from flexirl.runtime.live.executor import Executor
 from flexirl.runtime.live.iteration import (
     FlatBatch,
@@ -16,9 +15,11 @@ from flexirl.runtime.live.iteration import (
     new_flat_batch,
     new_request_arrays,
     prepare,
+    take_in,
 )
 from flexirl.runtime.live.options import Options
-from flexirl.runtime.live.request_table import enter, leave
+from flexirl.runtime.live.request_table import leave
+from flexirl.runtime.live.swaps import Swaps, new_swaps
 from flexirl.runtime.scheduler.commit import abandon
 from flexirl.runtime.scheduler.intake import cancel
 from flexirl.runtime.scheduler.kv_cache import blocks_for
@@ -32,7 +33,7 @@ class Arrays(NamedTuple):
     """What an engine works on."""
 
     state: State
-    table: BlockTable
+    swaps: Swaps
     requests: RequestArrays
     flat: FlatBatch
     live: LiveState  # the four above as one argument
@@ -42,15 +43,18 @@ class Arrays(NamedTuple):
 def new_arrays(executor: Executor, options: Options) -> Arrays:
     """Arrays of an engine without requests; all that its first iterations call is compiled by then."""
     profile = executor.profile
-    state = State(*(array[0] for array in new_states(1, profile, options.max_requests, options.num_tenants)))
     max_model_len = int(profile.values["max_model_len"])
     longest = blocks_for(max_model_len, int(profile.values["block_size"]))
-    table = new_block_table(options.max_requests, int(profile.values["kv_blocks"]), longest)
-    requests = new_request_arrays(options.max_requests, max_model_len)
+    caching = bool(profile.values["prefix_caching"])
+    contents = options.max_requests * longest if caching else 0
+    states = new_states(1, profile, options.max_requests, options.num_tenants, contents, numbered=True)
+    state = State(*(array[0] for array in states))
+    swaps = new_swaps(options.max_requests, len(state.running))
+    requests = new_request_arrays(options.max_requests, max_model_len, longest)
     flat = new_flat_batch(profile, longest)
     is_end = np.zeros(executor.vocab_size, np.bool_)
     is_end[list(executor.end_tokens)] = True
-    arrays = Arrays(state, table, requests, flat, LiveState(state, table, requests, flat), is_end)
+    arrays = Arrays(state, swaps, requests, flat, LiveState(state, swaps, requests, flat), is_end)
     _start(arrays, options.seed)
     return arrays
 
@@ -59,7 +63,7 @@ def _start(arrays: Arrays, seed: int) -> None:
     state = arrays.state
     no_tokens, no_promises = np.zeros(0, np.int64), np.zeros(0, np.int32)
     surrogate.start(state, empty_rows(0), no_promises, seed)
-    enter(state, 0, empty_rows(1))
+    take_in(arrays.live, 0, empty_rows(1))
     cancel(state, 0)
     leave(state, 0)
     apply(state)

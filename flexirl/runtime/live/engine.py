@@ -45,7 +45,6 @@ class LiveEngine:
     def __init__(self, executor: Executor, policy: Policy, slo: SLO, options: Options = DEFAULTS) -> None:
         arrays = new_arrays(executor, options)
         self.state = arrays.state
-        self._table = arrays.table
         self._intake = Intake(executor, options)
         self._guard = Guard()
         self._delivery = Delivery(self._guard)

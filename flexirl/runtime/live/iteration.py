@@ -5,6 +5,7 @@ Arrays are made once and filled anew for each iteration; what is valid of them i
 
 from __future__ import annotations
 
+import secrets
 from typing import NamedTuple
 
 import numba as nb
@@ -12,7 +13,9 @@ import numpy as np
 from numba.experimental import structref
 
 from flexirl.compiled import compiled
-from flexirl.runtime.live.block_table import BlockTable, reconcile
+from flexirl.runtime.live.contents import describe
+from flexirl.runtime.live.request_table import enter
+from flexirl.runtime.live.swaps import Swaps, list_swaps
 from flexirl.runtime.profile.engine import EngineProfile
 from flexirl.runtime.scheduler.books import best_effort
 from flexirl.runtime.scheduler.commit import commit, stop_after
@@ -23,12 +26,17 @@ from flexirl.workloads.trace import DEFERRED
 
 
 class RequestArrays(NamedTuple):
-    """What a live engine keeps of each of R requests beside the scheduler's record; L tokens is the longest one."""
+    """What a live engine keeps of each of R requests beside the scheduler's record; L tokens is the longest one.
 
-    tokens: np.ndarray  # int32 (R, L): the prompt, then the output; pages never used take no memory
+    Pages of large arrays that are never used take no memory.
+    """
+
+    tokens: np.ndarray  # int32 (R, L): the prompt, then the output
+    salts: np.ndarray  # uint64 (R, blocks of the longest): of the images that begin in each block, 0 for none
     seed: np.ndarray  # uint64 (R,)
     ends_early: np.ndarray  # bool (R,): an end-of-sequence token ends it
     watched: np.ndarray  # bool (R,): its tokens are looked at one by one
+    key: np.ndarray  # uint64 (2,): of the hashes by which the prefix cache knows tokens
 
 
 class FlatBatch(NamedTuple):
@@ -58,28 +66,28 @@ class _LiveStateType(nb.types.StructRef):
 
 
 class LiveState(structref.StructRefProxy):
-    """All that `prepare` and `finish` work on as one argument: `State`, `BlockTable`, `RequestArrays`, `FlatBatch`.
+    """All that `prepare` and `finish` work on as one argument: `State`, `Swaps`, `RequestArrays`, `FlatBatch`.
 
     Passing their forty arrays one by one, compiled code would take longer to unpack them than for its work.
     """
 
     state: State
-    table: BlockTable
+    swaps: Swaps
     arrays: RequestArrays
     flat: FlatBatch
 
-    def __new__(cls, state: State, table: BlockTable, arrays: RequestArrays, flat: FlatBatch) -> LiveState:
+    def __new__(cls, state: State, swaps: Swaps, arrays: RequestArrays, flat: FlatBatch) -> LiveState:
         """The arrays are shared, not copied."""
-        return _new_live_state(state, table, arrays, flat)
+        return _new_live_state(state, swaps, arrays, flat)
 
 
-structref.define_proxy(LiveState, _LiveStateType, ["state", "table", "arrays", "flat"])
+structref.define_proxy(LiveState, _LiveStateType, ["state", "swaps", "arrays", "flat"])
 
 
 @compiled
-def _new_live_state(state: State, table: BlockTable, arrays: RequestArrays, flat: FlatBatch) -> LiveState:
+def _new_live_state(state: State, swaps: Swaps, arrays: RequestArrays, flat: FlatBatch) -> LiveState:
     # The proxy's own constructor is compiled anew in every process.
-    return LiveState(state, table, arrays, flat)
+    return LiveState(state, swaps, arrays, flat)
 
 
 class Counts(NamedTuple):
@@ -96,13 +104,15 @@ class Counts(NamedTuple):
     ended_otherwise: int  # requests that did not finish, since the start
 
 
-def new_request_arrays(max_requests: int, max_model_len: int) -> RequestArrays:
-    """Room for `max_requests` requests."""
+def new_request_arrays(max_requests: int, max_model_len: int, longest: int) -> RequestArrays:
+    """Room for `max_requests` requests; longest: blocks of the longest sequence."""
     return RequestArrays(
         tokens=np.zeros((max_requests, max_model_len), np.int32),
+        salts=np.zeros((max_requests, longest), np.uint64),
         seed=np.zeros(max_requests, np.uint64),
         ends_early=np.zeros(max_requests, np.bool_),
         watched=np.zeros(max_requests, np.bool_),
+        key=np.frombuffer(secrets.token_bytes(16), np.uint64).copy(),
     )
 
 
@@ -129,14 +139,27 @@ def new_flat_batch(profile: EngineProfile, longest: int) -> FlatBatch:
 
 
 @compiled
+def take_in(live: LiveState, r: int, rows: np.ndarray) -> None:
+    """Submits the request in `rows` (`TRACE_ROW`, (1,)), whose prompt stands in place r of the arrays."""
+    state, arrays, request, row = live.state, live.arrays, live.state.requests[r], rows[0]
+    if state.engine[0].prefix_caching:
+        row.content_first = r * np.int64(arrays.salts.shape[1])
+        request.content_first = row.content_first
+        request.content_count = 0
+        describe(state, r, arrays.tokens[r], row.prompt_tokens, arrays.salts[r], arrays.key)
+        row.content_count = request.content_count
+    enter(state, r, rows)
+
+
+@compiled
 def prepare(live: LiveState, save_blocks: int) -> tuple[int, int, int, int, int, int, int, bool, int]:
-    """Plans the next iteration, brings the block table up to date and writes the flattened batch; returns `Counts`.
+    """Plans the next iteration and writes the flattened batch; returns `Counts`.
 
     save_blocks: blocks of deferred requests, at most, to list for copying to host memory.
     """
-    state, table, arrays, flat = live.state, live.table, live.arrays, live.flat
+    state, arrays, flat = live.state, live.arrays, live.flat
     plan(state)
-    swapped_out, swapped_in = reconcile(state, table, flat.swapped_out, flat.swapped_in)
+    swapped_out, swapped_in = list_swaps(state, live.swaps, flat.swapped_out, flat.swapped_in)
     block_size = state.engine[0].block_size
     widest = 0
     for i in range(state.scheduler[0].running):
@@ -156,7 +179,7 @@ def prepare(live: LiveState, save_blocks: int) -> tuple[int, int, int, int, int,
         flat.requests[requests] = r
         flat.query_lens[requests] = count
         flat.context_lens[requests] = end
-        row = table.blocks[r]
+        row = state.block_rows[request.row]
         for b in range(blocks_for(end, block_size)):
             flat.blocks[requests * widest + b] = row[b]
         for position in range(start, end):
@@ -200,6 +223,9 @@ def finish(live: LiveState, tokens: np.ndarray, is_end: np.ndarray, elapsed_s: f
         if flat.stops[i]:
             stop_after(state, r)
         flat.ended[i] = request.generated + 1 == request.output_tokens
+        if state.engine[0].prefix_caching:
+            known = request.prompt_tokens + request.generated + 1
+            describe(state, r, arrays.tokens[r], known, arrays.salts[r], arrays.key)
         ended += flat.ended[i]
     commit(state, elapsed_s)
     return ended, _ended_otherwise(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections import deque
 
@@ -12,9 +13,10 @@ from flexirl.runtime.live.delivery import Client, Delivery
 from flexirl.runtime.live.executor import Executor
 from flexirl.runtime.live.guarded import Guard, words
 from flexirl.runtime.live.intake import Arrival, Intake
+from flexirl.runtime.live.iteration import take_in
 from flexirl.runtime.live.options import Options
 from flexirl.runtime.live.output import Output
-from flexirl.runtime.live.request_table import enter, leave
+from flexirl.runtime.live.request_table import leave
 from flexirl.runtime.live.requests import ERROR, Completion, Request
 from flexirl.runtime.live.sampling import SAMPLING, History
 from flexirl.runtime.live.text import special_tokens
@@ -50,7 +52,7 @@ class Places:
         self.free = deque(range(options.max_requests))
         self._outputs: list[Output | None] = [None] * options.max_requests
         self._penalised: set[int] = set()  # places of those whose tokens so far bear on their next
-        self._state, self._table, self._arrays = arrays.state, arrays.table, arrays.requests
+        self._state, self._swaps, self._arrays, self._live = arrays.state, arrays.swaps, arrays.requests, arrays.live
         self._executor, self._slo = executor, slo
         self._intake, self._delivery, self._guard = intake, delivery, guard
         self._tokenizer, self._special = options.tokenizer, special_tokens(options.tokenizer)
@@ -95,7 +97,7 @@ class Places:
             self._penalised.add(r)
         self._outputs[r] = output
         self.place_of[request.id] = r
-        enter(self._state, r, row)
+        take_in(self._live, r, row)
         self.collect()
 
     def _describe(self, r: int, arrival: Arrival) -> np.ndarray:
@@ -113,7 +115,19 @@ class Places:
         if request.images:
             row["num_images"], row["image_tokens"] = len(request.images), self._executor.check_images(request)
             self._executor.take_images(r, request)
+            self._salt(r, request)
         return row
+
+    def _salt(self, r: int, request: Request) -> None:
+        """Tells prompts with other images in the same places apart, for the prefix cache."""
+        arrays = self._arrays
+        block_size = int(self._state.engine["block_size"][0])
+        is_image = np.asarray(request.prompt) == self._executor.image_token
+        begins = np.flatnonzero(np.diff(is_image, prepend=False) & is_image)
+        for number, (begin, image) in enumerate(zip(begins.tolist(), request.images, strict=True)):
+            digest = hashlib.blake2b(np.asarray(image.pixels).tobytes(), digest_size=8, key=arrays.key.tobytes())
+            digest.update(repr((number, image.grid)).encode())
+            arrays.salts[r, begin // block_size] ^= int.from_bytes(digest.digest(), "little")
 
     def _new_output(self, request: Request) -> Output:
         return Output(request, self._tokenizer, self._special, self._delivery)
@@ -163,7 +177,9 @@ class Places:
         self.watched -= output.watched
         self.particular -= not output.request.sampling.plain
         self._penalised.discard(r)
-        self._table.swapped[r] = False
+        self._swaps.swapped[r] = False
+        if output.request.images:
+            self._arrays.salts[r] = 0
         leave(self._state, r)
         self._guard.call("executor", self._executor.forget, r)
         del self.place_of[output.request.id]

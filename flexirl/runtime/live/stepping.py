@@ -42,7 +42,7 @@ class Stepping:
         options: Options,
     ) -> None:
         self.tokens = self.abandoned = self.device_failures = 0
-        self._state, self._table, self._requests, self._flat, self._live, self._is_end = arrays
+        self._state, _, self._requests, self._flat, self._live, self._is_end = arrays
         self._executor, self._places, self._intake = executor, places, intake
         self._clock, self._guard = clock, guard
         self._save_blocks, self._safepoints, self._on_step = options.save_blocks, options.safepoints, options.on_step
@@ -154,18 +154,21 @@ class Stepping:
 
     def _move(self, counts: Counts) -> None:
         """Lets the executor move keys and values as the plan has it."""
-        flat, table, requests = self._flat, self._table, self._state.requests
-        block_size = self._block_size
+        flat, requests, block_size = self._flat, self._state.requests, self._block_size
         moves = Moves()
+
+        def row(r: int) -> np.ndarray:
+            return self._state.block_rows[requests["row"][r]]
+
         for r in flat.swapped_out[: counts.swapped_out].tolist():
-            moves.out[r] = table.blocks[r, : blocks_for(int(requests["computed"][r]), block_size)].tolist()
+            moves.out[r] = row(r)[: blocks_for(int(requests["computed"][r]), block_size)].tolist()
         for r in flat.swapped_in[: counts.swapped_in].tolist():
             computed = int(requests["computed"][r])
-            moves.back[r] = table.blocks[r, : blocks_for(computed, block_size)].tolist()
+            moves.back[r] = row(r)[: blocks_for(computed, block_size)].tolist()
             moves.kept[r] = computed // block_size if self._save_blocks > 0 else 0
         for r, count in flat.saved[: counts.saved].tolist():
             first = int(requests["saved"][r]) // block_size
-            moves.save[r] = table.blocks[r, first : first + count].tolist()
+            moves.save[r] = row(r)[first : first + count].tolist()
         for r, blocks in self._executor.move(moves).items():
             requests["saved"][r] = blocks * block_size
 

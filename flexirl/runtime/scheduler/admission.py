@@ -10,8 +10,9 @@ from flexirl.policies.interface.view import NONE
 from flexirl.runtime.profile.step_time import prefill_slope
 from flexirl.runtime.scheduler.books import best_effort, end_waiting, seats_taken
 from flexirl.runtime.scheduler.composition import chunk_within_target, enlist, image_tokens_of_chunk
-from flexirl.runtime.scheduler.kv_cache import allocate, blocks_for, reclaim
+from flexirl.runtime.scheduler.kv_cache import allocate, blocks_for
 from flexirl.runtime.scheduler.preemption import ONLY_BEST_EFFORT, preempt, victim_within
+from flexirl.runtime.scheduler.prefix_cache import find, mark, take, take_row, unmark
 from flexirl.runtime.scheduler.queues import head, merged_head, push, remove
 from flexirl.runtime.scheduler.state import EXPIRED, RUNNING, State
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
@@ -96,16 +97,21 @@ def _admit(state: State, r: int) -> bool:
         if not decision.preempt_for_immediate or not _make_room(state, r):
             return False
     remove(state, r)
+    take_row(state, r)
     if request.host_blocks > 0:
         scheduler.host_free_blocks += request.host_blocks
         scheduler.swapped_tokens += request.computed
         state.batch[0].swap_tokens += request.computed
         request.host_blocks = 0
-    elif start > 0:
-        scheduler.prefix_hit_tokens += start - request.cached_blocks * engine.block_size
+    else:
+        found, _ = find(state, r)
+        take(state, r, min(found, start // engine.block_size))  # evicting others may have made it more
         if request.preemptions > 0:
             scheduler.recomputed_tokens -= start
-        reclaim(state, r)
+        else:
+            group = state.classes[request.request_class]
+            group.admitted_prompt += request.prompt_tokens
+            group.found_prompt += start
     request.computed = start
     request.status = RUNNING
     state.classes[request.request_class].running += 1
@@ -124,7 +130,17 @@ def shut_out(state: State, r: int) -> bool:
     used = engine.kv_blocks - scheduler.free_blocks
     if decision.deferred_kv_share < 1 and used >= decision.deferred_kv_share * engine.kv_blocks:
         return True
-    return decision.preempt_count > 0 or not _has_room(state, r)
+    if decision.preempt_count > 0 or not _has_room(state, r):
+        return True
+    return decision.immediate_cache_share > 0 and _spoils(state, r)
+
+
+@compiled
+def _spoils(state: State, r: int) -> bool:
+    """True if deferred request r needs blocks that the prefix cache is to keep for immediate work."""
+    kept = int(state.decision[0].immediate_cache_share * state.engine[0].kv_blocks)
+    kept = min(kept, state.classes[IMMEDIATE].idle_blocks)
+    return kept > 0 and _needed_blocks(state, r, True) > state.scheduler[0].free_blocks - kept
 
 
 @compiled
@@ -143,9 +159,12 @@ def _make_room(state: State, r: int) -> bool:
     for i in range(scheduler.running - scheduler.joined):
         request = state.requests[state.running[i]]
         if request.status == RUNNING and best_effort(request):
-            within_reach += request.kv_blocks
+            within_reach += mark(state, state.running[i])
             evictable += 1
-    if evictable == 0 or within_reach < _needed_blocks(state, r, False):
+    needed = _needed_blocks(state, r, False)
+    for i in range(scheduler.running - scheduler.joined):
+        unmark(state, state.running[i])
+    if evictable == 0 or within_reach < needed:
         return False
     while not _has_room(state, r):
         preempt(state, victim_within(state, ONLY_BEST_EFFORT))
@@ -161,21 +180,28 @@ def _reusable_tokens(state: State, r: int) -> int:
     if not engine.prefix_caching:
         return 0
     block_size = engine.block_size
-    cached = max(request.cached_blocks, request.prefix_tokens // block_size)
-    # The last token is always computed: it yields the next one.
-    return min(cached, (request.prompt_tokens + request.generated - 1) // block_size) * block_size
+    found, _ = find(state, r)
+    if request.content_count == 0:
+        # The last token is always computed: it yields the next one.
+        most = (request.prompt_tokens + request.generated - 1) // block_size
+        found = max(found, min(request.prefix_tokens // block_size, most))
+    return found * block_size
 
 
 @compiled
 def _needed_blocks(state: State, r: int, beside_best_effort: bool) -> int:
     """Free blocks that waiting request r needs: its whole sequence so far, and what is set aside for the future.
 
+    Of its sequence, blocks in the prefix cache that running requests use, too, need no room of their own.
     beside_best_effort: whether the running work that may wait and could be evicted keeps what is set aside for it.
     """
     decision, engine, request = state.decision[0], state.engine[0], state.requests[r]
+    used = 0
+    if request.host_blocks == 0:
+        _, used = find(state, r)
     if decision.reserve_ratio <= 0 and decision.reserve_new_ratio <= 0:
-        return blocks_for(request.prompt_tokens + request.generated, engine.block_size)
-    need = _lifetime_blocks(decision, engine, request, decision.reserve_new_ratio)
+        return blocks_for(request.prompt_tokens + request.generated, engine.block_size) - used
+    need = _lifetime_blocks(decision, engine, request, decision.reserve_new_ratio) - used
     scheduler = state.scheduler[0]
     for i in range(scheduler.running):
         other = state.requests[state.running[i]]

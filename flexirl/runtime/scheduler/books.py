@@ -6,7 +6,7 @@ import numba as nb
 import numpy as np
 
 from flexirl.compiled import compiled
-from flexirl.runtime.scheduler.kv_cache import forget, release
+from flexirl.runtime.scheduler.kv_cache import release
 from flexirl.runtime.scheduler.queues import remove
 from flexirl.runtime.scheduler.state import (
     EXPIRED,
@@ -156,14 +156,13 @@ def settle_first_tokens(state: State) -> None:
 @compiled
 def end_running(state: State, r: int, now_s: float) -> None:
     state.classes[state.requests[r].request_class].running -= 1
-    release(state, r, 0)
+    release(state, r, True)
     book_end(state, r, now_s)
 
 
 @compiled
 def end_waiting(state: State, r: int, status: int) -> None:
     remove(state, r)
-    forget(state, r)
     state.scheduler[0].host_free_blocks += state.requests[r].host_blocks
     state.requests[r].host_blocks = 0
     state.requests[r].status = status

@@ -18,7 +18,7 @@ from flexirl.runtime.scheduler.books import (
     settle_running,
     total_blocks,
 )
-from flexirl.runtime.scheduler.kv_cache import blocks_for, trim
+from flexirl.runtime.scheduler.kv_cache import blocks_for, share, trim
 from flexirl.runtime.scheduler.queues import owed_tokens
 from flexirl.runtime.scheduler.state import (
     FINISHED,
@@ -50,6 +50,8 @@ def commit(state: State, elapsed_s: float) -> None:
             request.computed += tokens
             if request.computed <= request.prompt_tokens:
                 book_prompt(state, r)
+                if request.content_count > 0:
+                    share(state, r)
             if owed_tokens(request) == 0:
                 request.generated += 1
                 is_immediate = request.request_class == IMMEDIATE

@@ -13,6 +13,7 @@ from flexirl.runtime.scheduler.books import (
     end_waiting,
     join_tenant,
 )
+from flexirl.runtime.scheduler.prefix_cache import new_own_origin
 from flexirl.runtime.scheduler.queues import push
 from flexirl.runtime.scheduler.state import (
     CANCELLED,
@@ -40,6 +41,8 @@ def fill_in(request, row) -> None:
     request.num_images = row.num_images
     request.image_tokens = row.image_tokens
     request.prefix_tokens = row.prefix_tokens
+    request.content_first = row.content_first
+    request.content_count = row.content_count
 
 
 @compiled
@@ -52,8 +55,8 @@ def submit(state: State, r: int) -> None:
     request.scheduled = 0
     request.kv_blocks = 0
     request.host_blocks = 0
-    request.cached_blocks = 0
     request.saved = 0
+    request.unknown = 0
     request.furthest = 0
     request.preemptions = 0
     request.relegated = 0
@@ -62,6 +65,7 @@ def submit(state: State, r: int) -> None:
     request.first_token_s = np.inf
     request.last_token_s = np.inf
     request.finish_s = np.inf
+    new_own_origin(state, r)
     group.arrived += 1
     group.arrived_prompt += request.prompt_tokens
     join_tenant(state, request.tenant)

@@ -6,6 +6,7 @@ from flexirl.compiled import compiled
 from flexirl.policies.interface.decision import (
     CHEAPER,
     LAST,
+    LEAST_COMPUTED,
     LEAST_OUTPUT,
     LOWEST_SCORE,
     ONE_QUEUE,
@@ -74,6 +75,8 @@ def _evict_sooner(decision, a, b, blind: bool) -> bool:
         return True
     if decision.victim == LEAST_OUTPUT:
         return a.generated < b.generated or (a.generated == b.generated and a.prompt_tokens > b.prompt_tokens)
+    if decision.victim == LEAST_COMPUTED:
+        return a.computed < b.computed or (a.computed == b.computed and a.arrival_s > b.arrival_s)
     if decision.victim == LOWEST_SCORE:
         return a.score < b.score or (a.score == b.score and a.arrival_s > b.arrival_s)
     return a.arrival_s >= b.arrival_s
@@ -93,10 +96,10 @@ def preempt(state: State, r: int) -> None:
         unsaved = max(request.computed - request.saved, 0)
         scheduler.swapped_tokens += unsaved
         state.batch[0].swap_tokens += unsaved
-        release(state, r, 0)
+        release(state, r, False)
     else:
         scheduler.recomputed_tokens += request.computed
-        release(state, r, request.computed)
+        release(state, r, True)
         request.computed = 0
     request.preemptions += 1
     group.preemptions += 1

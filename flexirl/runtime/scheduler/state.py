@@ -13,6 +13,7 @@ import numpy as np
 from flexirl.policies.interface.decision import DECISION, default_decision
 from flexirl.runtime.profile.engine import ENGINE, EngineProfile
 from flexirl.runtime.profile.step_time import BATCH
+from flexirl.workloads.trace import CONTENT
 
 # A request is in exactly one of these states.
 FUTURE, WAITING, RUNNING, FINISHED, EXPIRED, REJECTED, CANCELLED = range(7)
@@ -45,11 +46,17 @@ REQUEST = np.dtype(
         ("num_images", "i4"),
         ("image_tokens", "i4"),
         ("prefix_tokens", "i4"),
-        # Memory it left behind when it was preempted.
+        # What its sequence says, as stretches in `contents`; what lies behind the last one is its own.
+        ("content_first", "i8"),
+        ("own_origin", "u8"),
+        ("content_count", "i4"),
+        # Its place in the prefix cache: the node its cached blocks end with, and how many there are.
+        ("node", "i4"),
+        ("cached", "i4"),
+        ("row", "i4"),  # of `block_rows`, where blocks have numbers
         ("host_blocks", "i4"),  # blocks held in host memory after preemption by swap
-        ("cached_blocks", "i4"),  # freed by preemption, not yet reallocated, so reusable on return
-        ("cached_segment", "i4"),  # where in the ring of freed blocks they lie
         ("preemptions", "i4"),
+        ("unknown", "i4"),  # of the computed tokens, the last ones that the cache is not told yet: one or none
         ("saved", "i4"),  # tokens whose keys and values are in host memory too, copied there ahead of a preemption
         # Its place in a waiting queue (a skew heap).
         ("left", "i4"),
@@ -58,7 +65,6 @@ REQUEST = np.dtype(
         ("key", "f8"),
         ("score", "f8"),  # for the SCORE order; until a policy says otherwise, 1 if immediate and 0 if deferred
         ("finish_s", "f8"),
-        ("padding", "f8", (4,)),  # to three cache lines
     ],
     align=True,
 )
@@ -71,7 +77,8 @@ CLASS = np.dtype(  # one record per request class
         ("relegated_tokens", "i8"),
         ("windowed", "i8"),  # of the waiting ones, those whose window ends at some time
         ("running", "i8"),
-        ("kv_blocks", "i8"),
+        ("kv_blocks", "i8"),  # in the block tables of its running requests; a shared block counts for each of them
+        ("idle_blocks", "i8"),  # cached for it, and used by no running request
         ("preempted", "i8"),  # preemptions in the current iteration
         ("order", "i8"),  # the order its queue is sorted in now
         ("order_weight_s", "f8"),
@@ -94,6 +101,9 @@ CLASS = np.dtype(  # one record per request class
         ("void_output", "i8"),
         ("kept", "i8"),
         ("lost", "i8"),
+        ("admitted_prompt", "i8"),  # prompt tokens when first admitted, and how many of them the cache had
+        ("found_prompt", "i8"),
+        ("evicted_blocks", "i8"),  # from the prefix cache
     ],
     align=True,
 )
@@ -110,11 +120,16 @@ SCHEDULER = np.dtype(
         ("promises_length", "i8"),
         ("running", "i8"),  # entries of the `running` list
         ("joined", "i8"),  # of them, the last ones, admitted by the plan that is being made: it evicts none of them
-        ("free_blocks", "i8"),
+        ("free_blocks", "i8"),  # that no running request uses: empty ones, and idle ones in the prefix cache
+        ("empty_blocks", "i8"),
         ("host_free_blocks", "i8"),
-        ("cached_blocks", "i8"),  # free blocks that a waiting request could still reuse
-        ("ring_first", "i8"),
-        ("ring_count", "i8"),
+        ("nodes", "i8"),  # of the prefix cache, made so far, and the first of those to be used again
+        ("spare_node", "i8"),
+        ("uses", "i8"),  # how often a node became idle: their age
+        ("own_origins", "i8"),  # requests submitted
+        ("spare_blocks", "i8"),  # entries of `spare_blocks`
+        ("spare_row", "i8"),  # next entry of `spare_rows` to hand out
+        ("rows_out", "i8"),
         ("budget", "i8"),  # tokens left in the current iteration
         ("immediate_target_s", "f8"),  # predicted step up to which immediate prefill joins the current iteration
         ("deferred_target_s", "f8"),  # the same for deferred work
@@ -126,7 +141,6 @@ SCHEDULER = np.dtype(
         ("kv_block_s", "f8"),  # blocks in use, integrated over busy time
         ("recomputed_tokens", "i8"),
         ("swapped_tokens", "i8"),
-        ("prefix_hit_tokens", "i8"),
     ],
     align=True,
 )
@@ -142,7 +156,24 @@ WORK = np.dtype(  # one record per kind of work: its requests and, if all decode
     align=True,
 )
 
-SEGMENT = np.dtype([("owner", "i4"), ("blocks", "i4")], align=True)  # freed blocks, oldest first; owner -1: nobody
+NODE = np.dtype(  # a run of full blocks in the prefix cache; see prefix_cache.py
+    [
+        ("origin", "u8"),  # of the stretch of content it holds
+        ("age", "i8"),  # when it became idle, on a common count
+        ("first", "i4"),  # the number, within the sequence, of its first block
+        ("blocks", "i4"),
+        ("users", "i4"),  # running requests that have it in their block tables; 0: it is idle
+        ("parent", "i4"),  # the run before it, or NONE
+        ("children", "i4"),
+        ("owner", "i4"),  # the class it is kept for: IMMEDIATE once a request of that class has used it
+        ("next", "i4"),  # in the list of idle nodes; also of nodes to be used again
+        ("previous", "i4"),
+        ("chained", "i4"),  # the next node in its bucket of `buckets`
+        ("marks", "i4"),  # scratch: users that may be evicted
+        ("last_block", "i4"),  # where blocks have numbers: of its last one
+    ],
+    align=True,
+)
 
 ITL_BINS = 256
 _ITL_LOW_S, _ITL_PER_DECADE = 1e-5, 32.0  # 256 bins reach from 10 microseconds to 1,000 s, 7.5% wide
@@ -167,7 +198,15 @@ class State(NamedTuple):
     decision: np.ndarray  # DECISION, (1,)
     batch: np.ndarray  # BATCH, (1,)
     engine: np.ndarray  # ENGINE, (1,)
-    ring: np.ndarray  # SEGMENT, (kv_blocks + 1,) with prefix caching, else (1,)
+    # The prefix cache; with room for nothing where there is none.
+    contents: np.ndarray  # CONTENT: what the requests' sequences say
+    nodes: np.ndarray  # NODE, (kv_blocks + 2,): the last two head the lists of idle nodes by owner
+    buckets: np.ndarray  # int32, (a power of two,): nodes by origin and first block
+    # Numbers of blocks, where an executor needs them; of length 0 where they are only counted.
+    block_rows: np.ndarray  # int32, (2 * max_running, blocks of the longest sequence): block tables
+    spare_rows: np.ndarray  # int32, (2 * max_running,): those that nobody has, the longest unused first
+    block_before: np.ndarray  # int32, (kv_blocks,): within a node, the block before each
+    spare_blocks: np.ndarray  # int32, (kv_blocks,): the empty ones, as a stack
     promises: np.ndarray  # int32, (R,): requests with a TTFT promise, by due time
     itl_histogram: np.ndarray  # int64, (ITL_BINS,): inter-token latencies of immediate requests
 
@@ -180,10 +219,17 @@ def _aligned_rows(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[offset : offset + size].view(dtype).reshape(shape)
 
 
-def new_states(count: int, engine: EngineProfile, max_requests: int, num_tenants: int) -> State:
-    """`count` empty states in one State whose arrays have a leading member axis; see `member`."""
+def new_states(
+    count: int, engine: EngineProfile, max_requests: int, num_tenants: int, contents: int = 0, numbered: bool = False
+) -> State:
+    """`count` empty states in one State whose arrays have a leading member axis; see `member`.
+
+    contents: stretches of content that there is room for; numbered: blocks have numbers, for an executor.
+    """
     profile = engine.values
-    ring = int(profile["kv_blocks"]) + 1 if profile["prefix_caching"] else 1
+    blocks, rows_of_blocks = int(profile["kv_blocks"]), 2 * int(profile["max_running"])
+    caching = bool(profile["prefix_caching"])
+    longest = -(-int(profile["max_model_len"]) // int(profile["block_size"]))
 
     def rows(shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
         return np.zeros((count, *shape), dtype=dtype)
@@ -200,7 +246,13 @@ def new_states(count: int, engine: EngineProfile, max_requests: int, num_tenants
         decision=rows((1,), DECISION),
         batch=rows((1,), BATCH),
         engine=rows((1,), ENGINE),
-        ring=rows((ring,), SEGMENT),
+        contents=rows((contents,), CONTENT),
+        nodes=rows((blocks + 2 if caching else 0,), NODE),
+        buckets=rows((1 << (blocks - 1).bit_length() if caching else 0,), np.int32),
+        block_rows=rows((rows_of_blocks, longest) if numbered else (0, 0), np.int32),
+        spare_rows=rows((rows_of_blocks if numbered else 0,), np.int32),
+        block_before=rows((blocks if numbered else 0,), np.int32),
+        spare_blocks=rows((blocks if numbered else 0,), np.int32),
         promises=rows((max_requests,), np.int32),
         itl_histogram=rows((ITL_BINS,), np.int64),
     )

@@ -52,8 +52,9 @@ def promises_by_due_time(rows: np.ndarray) -> np.ndarray:
 
 def start(engine: EngineProfile, trace: Trace, seed: int) -> State:
     """A surrogate engine at the start of a trace."""
-    states = new_states(1, engine, max(len(trace), 1), max(trace.num_tenants, 1))
+    states = new_states(1, engine, max(len(trace), 1), max(trace.num_tenants, 1), len(trace.contents))
     state = State(*(array[0] for array in states))
+    state.contents[:] = trace.contents
     surrogate.start(state, trace.rows, promises_by_due_time(trace.rows), seed)
     return state
 

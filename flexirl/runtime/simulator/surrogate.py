@@ -26,6 +26,7 @@ from flexirl.runtime.scheduler.commit import commit, settle
 from flexirl.runtime.scheduler.intake import fill_in, submit
 from flexirl.runtime.scheduler.kv_cache import allocate, blocks_for
 from flexirl.runtime.scheduler.plan import apply, plan
+from flexirl.runtime.scheduler.prefix_cache import empty_cache
 from flexirl.runtime.scheduler.queues import head
 from flexirl.runtime.scheduler.state import FUTURE, State
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
@@ -56,18 +57,14 @@ def start(state: State, trace: np.ndarray, promises: np.ndarray, seed: int) -> N
         state.promises[i] = promises[i]
     scheduler.running = 0
     scheduler.joined = 0
-    scheduler.free_blocks = engine.kv_blocks
+    empty_cache(state)
     scheduler.host_free_blocks = engine.host_kv_blocks
-    scheduler.cached_blocks = 0
-    scheduler.ring_first = 0
-    scheduler.ring_count = 0
     scheduler.budget = 0
     scheduler.iterations = 0
     scheduler.busy_s = 0.0
     scheduler.kv_block_s = 0.0
     scheduler.recomputed_tokens = 0
     scheduler.swapped_tokens = 0
-    scheduler.prefix_hit_tokens = 0
     # Reachable only on an empty batch of one decode: a lower bound for every iteration.
     state.batch[0].decode_sequences = 1
     state.batch[0].sampled_sequences = 1
@@ -88,6 +85,7 @@ def _clear_records(state: State) -> None:
         group.windowed = 0
         group.running = 0
         group.kv_blocks = 0
+        group.idle_blocks = 0
         group.preempted = 0
         group.order = 0
         group.order_weight_s = 0.0
@@ -109,6 +107,9 @@ def _clear_records(state: State) -> None:
         group.void_output = 0
         group.kept = 0
         group.lost = 0
+        group.admitted_prompt = 0
+        group.found_prompt = 0
+        group.evicted_blocks = 0
     for t in range(len(state.tenants)):
         state.tenants[t].service = 0.0
         state.tenants[t].active = 0

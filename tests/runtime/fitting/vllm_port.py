@@ -1,6 +1,6 @@
 """vLLM v1's scheduler and block pool in plain Python, to compare the replay with.
 
-Follows vLLM 0.19 name by name where it can: `Scheduler.schedule` and `update_from_output` in
+Follows vLLM 0.32 name by name where it can: `Scheduler.schedule` and `update_from_output` in
 `vllm/v1/core/sched/scheduler.py`, `AsyncScheduler` beside it, `BlockPool` and `allocate_slots` in `vllm/v1/core`, and
 `step_with_batch_queue` in `vllm/v1/engine/core.py`. Blocks are single objects with a reference count, found again by
 whose tokens they hold, so that requests which begin alike share them. Nothing here knows the compiled scheduler.
@@ -103,11 +103,12 @@ class BlockPool:
                 self.cached.setdefault(self.content[block], block)
 
     def give_back(self, request: Request) -> None:
-        """Frees a request's blocks, the last one first."""
+        """Frees a request's blocks, the last one first; those without findable content go to the front of the queue."""
         for block in reversed(request.blocks):
             self.references[block] -= 1
             if self.references[block] == 0:
                 self.free[block] = None
+                self.free.move_to_end(block, last=block in self.content)
         request.blocks = []
 
 

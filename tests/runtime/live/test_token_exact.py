@@ -30,9 +30,14 @@ def test_no_schedule_changes_a_token(model: LoadedModel) -> None:
 
     def add() -> None:
         if len(requests) < 40:
+            earlier = list(run.completions.values())
+            said = rng.integers(0, 256, rng.integers(1, 20)).tolist()
+            if earlier and rng.random() < 0.5:  # the next turn of a conversation
+                before = earlier[rng.integers(len(earlier))]
+                said = [*requests[before.id].prompt, *before.token_ids, *said][:60]
             request = Request(
                 id=f"r{len(requests)}",
-                prompt=rng.integers(0, 256, rng.integers(1, 60)).tolist(),
+                prompt=[*range(rng.integers(0, 20)), *said],
                 max_tokens=int(rng.integers(1, 40)),
                 request_class=int(rng.choice([IMMEDIATE, DEFERRED])),
                 sampling=Sampling(ignore_eos=bool(rng.random() < 0.5)),
@@ -52,7 +57,10 @@ def test_no_schedule_changes_a_token(model: LoadedModel) -> None:
         run.step(int(rng.integers(1, 7)))
         step += 1
     metrics = run.engine.metrics()
-    assert metrics["preemptions"] > 20 and metrics["swapped_tokens"] > 200 and metrics["recomputed_tokens"] > 200
+    assert metrics["preemptions"] > 20 and metrics["swapped_tokens"] > 200 and metrics["recomputed_tokens"] > 20
+    assert (
+        run.engine.state.classes["found_prompt"].sum() > 100 and run.engine.state.classes["evicted_blocks"].sum() > 100
+    )
     assert metrics["abandoned_iterations"] > 0 and metrics["policy_swaps"] > 2
     whole = 0
     for name, completion in run.completions.items():
@@ -120,7 +128,7 @@ def test_the_comparison_can_fail(model: LoadedModel, block: int) -> None:
     run.engine.add_request(request)
     while run.engine.metrics()["tokens"] < 3:
         run.step()
-    executor._cache[:, run.engine._table.blocks[0, block]] = 0.0
+    executor._cache[:, run.engine.state.block_rows[run.engine.state.requests["row"][0], block]] = 0.0
     run.drain()
     generated = run.completions["a"].token_ids
     before_window = block == 0 and model.model.config.model_type == "mistral"

@@ -1,17 +1,18 @@
 """A slow scheduler that says the same rules in plain Python, to compare the compiled one with.
 
-Nothing is clever here: a queue is sorted each time it is asked, free blocks are a list of single blocks in the order in
-which they will be given out, iterations are taken one by one, and the step time is the sum that the documentation
-gives. It has no noise.
+Nothing is clever here: a queue is sorted each time it is asked, blocks are known one by one, iterations are taken one
+by one, and the step time is the sum that the documentation gives. It has no noise.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from plain_cache import Block, Key, PlainCache
 
 from flexirl.policies.interface.decision import (
     ARRIVAL,
@@ -20,6 +21,7 @@ from flexirl.policies.interface.decision import (
     DEADLINE,
     FAIR,
     LAST,
+    LEAST_COMPUTED,
     LEAST_OUTPUT,
     LOWEST_SCORE,
     ONE_QUEUE,
@@ -53,6 +55,7 @@ class Request:
     computed: int = 0
     scheduled: int = 0
     kv_blocks: int = 0
+    cached: int = 0
     host_blocks: int = 0
     furthest: int = 0
     preemptions: int = 0
@@ -154,14 +157,15 @@ class Totals:
 class Reference:
     """The engine on one trace; `advance` it under a decision given as a record of `DECISION`."""
 
-    def __init__(self, engine: np.ndarray, rows: np.ndarray, num_tenants: int) -> None:
+    def __init__(self, engine: np.ndarray, rows: np.ndarray, num_tenants: int, contents: np.ndarray) -> None:
         self.engine = {name: engine[name].item() for name in engine.dtype.names or ()}
         self.requests = [
             Request(number, {name: row[name].item() for name in rows.dtype.names or ()})
             for number, row in enumerate(rows)
         ]
         self.running: list[Request] = []
-        self.free: list[tuple[Request, int] | None] = [None] * self.engine["kv_blocks"]  # owner and index; next first
+        self.cache = PlainCache(self.engine["kv_blocks"])
+        self.contents = [(int(content["origin"]), int(content["end"])) for content in contents]
         self.host_free: int = self.engine["host_kv_blocks"]
         self.now_s = 0.0
         self.iterations = 0
@@ -169,7 +173,7 @@ class Reference:
         self.kv_block_s = 0.0
         self.recomputed = 0
         self.swapped = 0
-        self.prefix_hits = 0
+        self.found_prompt, self.admitted_prompt = [0, 0], [0, 0]
         self.service = [0.0] * num_tenants
         self.totals = (Totals(), Totals())
         self.itls_s: list[float] = []
@@ -333,7 +337,7 @@ class Reference:
     def grow(self, request: Request, tokens: int) -> bool:
         """Gets a running request the blocks for `tokens` tokens; False if it evicted itself."""
         need = self.blocks(tokens) - request.kv_blocks
-        while need > len(self.free):
+        while need > self.cache.free:
             anyone = self.decision["discipline"] == ONE_QUEUE or not request.waits
             settled = [other for other in self.running if other not in self.joined]
             victim = self.victim([other for other in settled if anyone or other.waits])
@@ -353,6 +357,8 @@ class Reference:
             return candidates[-1]
         if rule == LEAST_OUTPUT:
             return min(candidates, key=lambda request: (request.generated, -request.prompt))
+        if rule == LEAST_COMPUTED:
+            return min(candidates, key=lambda request: (request.computed, -request.arrival_s))
         if rule == LOWEST_SCORE:
             return min(candidates, key=lambda request: (request.score, -request.arrival_s))
         return max(reversed(candidates), key=lambda request: request.arrival_s)
@@ -370,10 +376,10 @@ class Reference:
             self.host_free -= request.host_blocks
             self.swapped += request.computed
             self.batch.swap_tokens += request.computed
-            self.give_back(request, 0)
+            self.give_back(request, keep=False)
         else:
             self.recomputed += request.computed
-            self.give_back(request, request.computed // self.engine["block_size"])
+            self.give_back(request, keep=True)
             request.computed = 0
 
     def swaps(self, request: Request) -> bool:
@@ -472,37 +478,48 @@ class Reference:
         """Admits a waiting request if it may join now."""
         total, decision = self.engine["kv_blocks"], self.decision
         if request.waits:
-            share = decision["deferred_kv_share"]
-            if (share < 1 and total - len(self.free) >= share * total) or decision["preempt_count"] > 0:
+            share, free = decision["deferred_kv_share"], self.cache.free
+            if (share < 1 and total - free >= share * total) or decision["preempt_count"] > 0:
+                return False
+            of_immediate = sum(not block.deferred for block in self.cache.idle.values())
+            kept = min(int(decision["immediate_cache_share"] * total), of_immediate)
+            if kept > 0 and self.need(request, self.running, ()) > free - kept:
                 return False
         start = self.reusable(request)
         tokens = self.chunk(request, start)
         if tokens <= 0:
             return False
 
-        def fits(running: list[Request], free: int) -> bool:
-            return self.need(request, running) <= free and len(running) < self.engine["max_running"]
+        def fits() -> bool:
+            seats = self.engine["max_running"] - len(self.running)
+            return self.need(request, self.running, ()) <= self.cache.free and seats > 0
 
-        if not fits(self.running, len(self.free)):
+        if not fits():
             keep = [other for other in self.running if not other.waits or other in self.joined]
-            reach = len(self.free) + sum(other.kv_blocks for other in self.running if other not in keep)
-            if request.waits or not decision["preempt_for_immediate"] or len(keep) == len(self.running):
+            leaving = [other for other in self.running if other not in keep]
+            reach = self.cache.free + sum(other.kv_blocks - other.cached for other in leaving)
+            reach += sum(bool(block.users) and not block.used_beside(leaving) for block in self.cache.known.values())
+            if request.waits or not decision["preempt_for_immediate"] or not leaving:
                 return False
-            if self.need(request, keep) > reach:
+            if self.need(request, keep, leaving) > reach:
                 return False
-            while not fits(self.running, len(self.free)):
+            while not fits():
                 self.preempt(self.victim([other for other in self.running if other not in keep]))
         if request.host_blocks > 0:
             self.host_free += request.host_blocks
             request.host_blocks = 0
             self.swapped += start
             self.batch.swap_tokens += start
-        elif start > 0:
-            own = [block for block in self.free if block is not None and block[0] is request]
-            self.prefix_hits += start - len(own) * self.engine["block_size"]
-            self.recomputed -= start if request.preemptions else 0
-            self.free = [block for block in self.free if block not in own]
-            request.kv_blocks = len(own)
+        else:
+            found = min(len(self.found(request)), start // self.engine["block_size"])
+            for key in self.keys(request, 0, found):
+                self.cache.use(request, key)
+            request.cached = request.kv_blocks = found
+            if request.preemptions:
+                self.recomputed -= start
+            else:
+                self.admitted_prompt[request.deferred] += request.prompt
+                self.found_prompt[request.deferred] += start
         request.status = RUNNING
         request.computed = start
         self.running.append(request)
@@ -516,21 +533,24 @@ class Reference:
         if request.host_blocks > 0:
             return request.computed
         size = self.engine["block_size"]
-        shared = request.row["prefix_tokens"] // size if self.engine["prefix_caching"] else 0
-        return min(max(self.cached(request), shared), (request.sequence - 1) // size) * size
+        said = request.row["prefix_tokens"] if request.row["content_count"] == 0 else 0
+        shared = said // size if self.engine["prefix_caching"] else 0
+        return min(max(len(self.found(request)), shared), (request.sequence - 1) // size) * size
 
-    def need(self, request: Request, running: list[Request]) -> int:
-        """Free blocks it takes to admit a request beside these running ones."""
+    def need(self, request: Request, running: list[Request], leaving: Collection[Request]) -> int:
+        """Free blocks it takes to admit a request beside these running ones when the others leave."""
         decision = self.decision
+        found = self.found(request) if request.host_blocks == 0 else []
+        used = sum(block.used_beside(leaving) for block in found)
         if decision["reserve_ratio"] <= 0 and decision["reserve_new_ratio"] <= 0:
-            return self.blocks(request.sequence)
+            return self.blocks(request.sequence) - used
 
         def lifetime(other: Request, ratio: float) -> int:
             more = min(other.row["max_tokens"] - other.generated, decision["reserve_clip"])
             return self.blocks(other.sequence + math.ceil(ratio * more))
 
         aside = [max(lifetime(other, decision["reserve_ratio"]) - other.kv_blocks, 0) for other in running]
-        return lifetime(request, decision["reserve_new_ratio"]) + sum(aside)
+        return lifetime(request, decision["reserve_new_ratio"]) - used + sum(aside)
 
     # ---------------------------------------------------------------------------------------------- memory
 
@@ -539,23 +559,38 @@ class Reference:
         return math.ceil(tokens / self.engine["block_size"])
 
     def take(self, request: Request, count: int) -> None:
-        """Gives a request the `count` free blocks that were freed longest ago."""
-        assert count <= len(self.free)
-        del self.free[:count]
+        """Gives a request `count` free blocks."""
+        assert count <= self.cache.free
+        self.cache.give(count, self.decision["deferred_cache_share"])
         request.kv_blocks += count
 
-    def give_back(self, request: Request, reusable: int) -> None:
-        """Frees a request's blocks, the last one first; of the first `reusable` it stays the owner."""
-        caching = self.engine["prefix_caching"]
-        for index in reversed(range(request.kv_blocks)):
-            self.free.append((request, index) if caching and index < reusable else None)
-        request.kv_blocks = 0
+    def give_back(self, request: Request, keep: bool) -> None:
+        """Frees a request's blocks; keep: the full ones stay known."""
+        if keep:
+            self.remember(request, request.computed)
+        self.cache.empty += request.kv_blocks - request.cached
+        self.cache.leave(request, self.keys(request, 0, request.cached)[::-1])
+        request.kv_blocks = request.cached = 0
 
-    def cached(self, request: Request) -> int:
-        """Free blocks that are still the request's own, always its first ones."""
-        own = [block[1] for block in self.free if block is not None and block[0] is request]
-        assert sorted(own) == list(range(len(own)))
-        return len(own)
+    def remember(self, request: Request, tokens: int) -> None:
+        """The first `tokens` of a request become known, as far as they fill blocks."""
+        if self.engine["prefix_caching"]:
+            count = tokens // self.engine["block_size"]
+            for key in self.keys(request, request.cached, count):
+                self.cache.remember(request, key)
+            request.cached = max(request.cached, count)
+
+    def keys(self, request: Request, first: int, end: int) -> list[Key]:
+        """By what the blocks `first` to `end` of a request are known; nobody else has its number as an origin."""
+        begin, count, size = request.row["content_first"], request.row["content_count"], self.engine["block_size"]
+        stretches = [*self.contents[begin : begin + count], (-1 - request.number, 1 << 60)]
+        return [(next(o for o, behind in stretches if behind >= (b + 1) * size), b) for b in range(first, end)]
+
+    def found(self, request: Request) -> list[Block]:
+        """The blocks that need no computing; the last token is always computed."""
+        if not self.engine["prefix_caching"]:
+            return []
+        return self.cache.found(self.keys(request, 0, (request.sequence - 1) // self.engine["block_size"]))
 
     # ---------------------------------------------------------------------------------------------- accounts
 
@@ -564,7 +599,7 @@ class Reference:
         began_s, self.now_s = self.now_s, self.now_s + elapsed_s
         self.iterations += 1
         self.busy_s += elapsed_s
-        self.kv_block_s += elapsed_s * (self.engine["kv_blocks"] - len(self.free))
+        self.kv_block_s += elapsed_s * (self.engine["kv_blocks"] - self.cache.free)
         self.batch.swap_tokens = 0
         for request, tokens in [(r, n) for r in self.running for other, n in self.batch.chunks if other is r]:
             totals = self.totals[request.deferred]
@@ -574,6 +609,10 @@ class Reference:
                 request.furthest += fresh
                 totals.prompt_done += fresh
                 self.service[request.tenant] += fresh
+            count = request.row["content_count"]
+            if request.computed <= request.prompt and count > 0:
+                said = self.contents[request.row["content_first"] + count - 1][1]
+                self.remember(request, min(request.computed, said))
             if request.owed > 0:
                 continue
             request.generated += 1
@@ -622,8 +661,7 @@ class Reference:
         """Ends a request."""
         if request in self.running:
             self.running.remove(request)
-            self.give_back(request, 0)
-        self.free = [None if block is not None and block[0] is request else block for block in self.free]
+            self.give_back(request, keep=True)
         self.host_free += request.host_blocks
         request.host_blocks = 0
         request.status = status

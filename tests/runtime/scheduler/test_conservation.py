@@ -69,9 +69,9 @@ def test_every_request_ends_once_and_every_token_counts(name: str, caching: int)
     finished = requests[status == FINISHED]
     assert (finished["generated"] == finished["output_tokens"]).all()
     assert (finished["furthest"] == finished["prompt_tokens"]).all()
-    assert scheduler["free_blocks"] == 40 and scheduler["host_free_blocks"] == 20 and scheduler["cached_blocks"] == 0
+    assert scheduler["free_blocks"] == 40 and scheduler["host_free_blocks"] == 20
     assert run.state.tenants["active"].tolist() == [0, 0, 0]
-    assert scheduler["recomputed_tokens"] >= 0 and scheduler["prefix_hit_tokens"] >= 0
+    assert scheduler["recomputed_tokens"] >= 0
     assert classes["lost"].min() > 0 and classes["kept"].sum() > 0, "the workload tests nothing"
     # One latency between every two tokens of an immediate request, and they add up to its time after the first.
     gaps = (requests["generated"] - 1).clip(0)[requests["request_class"] == IMMEDIATE].sum()

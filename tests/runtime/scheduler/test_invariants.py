@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from flexirl.policies.interface.decision import ONE_QUEUE, RECOMPUTE, SWAP
 from flexirl.policies.interface.view import NONE
 from flexirl.runtime.profile.engine import EngineProfile
 from flexirl.runtime.scheduler.intake import cancel
-from flexirl.runtime.scheduler.invariants import check_invariants
+from flexirl.runtime.scheduler.invariants import cache_nodes, check_invariants
 from flexirl.runtime.scheduler.state import (
     CANCELLED,
     FUTURE,
@@ -23,7 +24,7 @@ from flexirl.runtime.scheduler.state import (
     WAITING,
     State,
 )
-from flexirl.workloads.trace import DEFERRED, Trace
+from flexirl.workloads.trace import CONTENT, DEFERRED, Trace
 
 # Puts any decision in force for some iterations, then cancels any of the requests.
 steps = st.lists(
@@ -32,7 +33,7 @@ steps = st.lists(
 
 
 @settings(deadline=None, max_examples=150)
-@given(engines(), traces, steps, st.booleans())
+@given(engines(), traces(), steps, st.booleans())
 def test_invariants_hold_after_every_step(
     engine: EngineProfile, trace: Trace, steps: list[tuple[dict[str, float], int, int | None]], noisy: bool
 ) -> None:
@@ -61,19 +62,26 @@ def busy_state() -> State:
     """Requests running, waiting for the first time and waiting after preemption, swapped out and not."""
     engine = toy_engine(kv_blocks=16, host_kv_blocks=4, prefix_caching=1)
     several = [*(deferred(0, 8, 16) for _ in range(4)), *(immediate(0, 4, 16) for _ in range(5))]
-    run = ToyRun(engine, toy_trace(*several), discipline=ONE_QUEUE)
+    trace = toy_trace(*several)
+    trace.rows["content_count"] = trace.rows["request_class"] == DEFERRED  # they share an instruction
+    run = ToyRun(engine, replace(trace, contents=np.array([(5, 4)], CONTENT)), discipline=ONE_QUEUE)
     run.advance(iterations=2)
     for preemption in (RECOMPUTE, SWAP):
         run.decide(discipline=ONE_QUEUE, preempt_count=1, preemption=preemption)
         run.advance(iterations=1)
     assert run.state.scheduler["running"][0] >= 2 and run.state.classes["waiting"].min() >= 2
-    assert run.state.scheduler["cached_blocks"][0] > 0 and run.state.requests["host_blocks"].any()
+    assert run.state.classes["idle_blocks"].sum() > 0 and run.state.requests["host_blocks"].any()
     return run.state
 
 
 def running(state: State) -> int:
     """The first running request."""
     return int(state.running[0])
+
+
+def shared_node(state: State) -> int:
+    """A node that a running request uses."""
+    return int(state.requests["node"][state.running[:2]].max())
 
 
 def heap_with_child(state: State) -> tuple[int, int]:
@@ -90,11 +98,23 @@ def add(array: np.ndarray, field: str, at: int, amount: int) -> None:
     array[field][at] += amount
 
 
+def leak(state: State) -> None:
+    """Loses an empty block."""
+    for name in ("free_blocks", "empty_blocks"):
+        add(state.scheduler, name, 0, -1)
+
+
 CORRUPTIONS: dict[str, tuple[Callable[[State], object], str]] = {
-    "leaked block": (lambda s: add(s.scheduler, "free_blocks", 0, -1), "leaked blocks"),
+    "free blocks": (lambda s: add(s.scheduler, "free_blocks", 0, -1), "miscounted free blocks"),
+    "leaked block": (lambda s: leak(s), "leaked blocks"),
     "leaked host block": (lambda s: add(s.scheduler, "host_free_blocks", 0, -1), "leaked host blocks"),
     "block given twice": (lambda s: add(s.requests, "kv_blocks", running(s), 1), "miscounted blocks"),
-    "cached blocks": (lambda s: add(s.scheduler, "cached_blocks", 0, 1), "miscounted cached blocks"),
+    "idle blocks": (lambda s: add(s.classes, "idle_blocks", DEFERRED, 1), "miscounted idle blocks"),
+    "users": (lambda s: add(s.nodes, "users", cache_nodes(s)[0], 1), "miscounted users"),
+    "children": (lambda s: add(s.nodes, "children", cache_nodes(s)[0], 1), "miscounted children"),
+    "forgotten node": (lambda s: s.buckets.__setitem__(slice(None), NONE), "nobody can find"),
+    "foreign content": (lambda s: s.nodes["origin"].__setitem__(shared_node(s), 7), "says something else"),
+    "out of order": (lambda s: s.nodes["age"].__setitem__(cache_nodes(s), range(len(cache_nodes(s)))), "order"),
     "waiting count": (lambda s: add(s.classes, "waiting", DEFERRED, 1), "miscounted waiting requests"),
     "waiting tokens": (lambda s: add(s.classes, "waiting_tokens", DEFERRED, 1), "miscounted waiting tokens"),
     "running count": (lambda s: add(s.classes, "running", DEFERRED, 1), "miscounted running requests"),

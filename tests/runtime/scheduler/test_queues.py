@@ -89,7 +89,7 @@ def test_queue_is_a_sorted_list(count: int, seed: int, operations: list[tuple[st
     rng = np.random.default_rng(seed)
     state = queued_state(count, rng)
     # The toy engine has few blocks to hold, and the checker wants to see them all.
-    state.scheduler["free_blocks"] = state.engine["kv_blocks"]
+    state.scheduler["free_blocks"] = state.scheduler["empty_blocks"] = state.engine["kv_blocks"]
     for operation, draw in operations:
         r = draw % count
         waiting = state.requests["status"][r] == WAITING

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from reference import Reference
 from toys import TICK_S, ToyRun, decision_with, deferred, immediate, toy_engine, toy_trace
 
 from flexirl.runtime.profile.engine import EngineProfile
-from flexirl.runtime.scheduler.invariants import check_invariants
+from flexirl.runtime.scheduler.invariants import cache_nodes, check_invariants
 from flexirl.runtime.scheduler.queues import rescore
 from flexirl.runtime.scheduler.state import (
     FUTURE,
@@ -20,7 +21,7 @@ from flexirl.runtime.scheduler.state import (
     State,
     itl_bin_edges,
 )
-from flexirl.workloads.trace import DEFERRED, IMMEDIATE, Trace
+from flexirl.workloads.trace import CONTENT, DEFERRED, IMMEDIATE, Trace
 
 PROMISES = ("ttft_slo_s", "tpot_slo_s", "window_s")
 PER_REQUEST = (
@@ -61,7 +62,23 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
     return kind(draw(ticks(0, 300)), prompt, output, **some, **more)
 
 
-traces = st.lists(requests(), min_size=1, max_size=10).map(lambda several: toy_trace(*several))
+@st.composite
+def traces(draw: st.DrawFn) -> Trace:
+    """Up to ten requests; some begin alike, since what they say is a path down one of a few trees."""
+    trace = toy_trace(*draw(st.lists(requests(), min_size=1, max_size=10)))
+    contents = []
+    for row in trace.rows:
+        row["content_first"] = len(contents)
+        path, end = 1, 0
+        for _ in range(draw(st.integers(0, 4))):
+            # An origin is the whole path down to it: the turns taken and the lengths of what was said on the way.
+            turn, length = draw(st.integers(0, 1)), draw(st.sampled_from((2, 5, 12)))
+            path, end = (path * 2 + turn) * 16 + length, end + length
+            if end > row["prompt_tokens"] + row["output_tokens"]:
+                break
+            contents.append((path, end))
+        row["content_count"] = len(contents) - row["content_first"]
+    return replace(trace, contents=np.array(contents, CONTENT))
 
 
 @st.composite
@@ -97,7 +114,7 @@ def decisions(draw: st.DrawFn, preempt: bool = True) -> dict[str, float]:
         "decodes_first": draw(st.integers(0, 1)),
         "immediate_order": immediate_order,
         "deferred_order": draw(st.one_of(st.just(immediate_order), st.integers(0, 4))),
-        "victim": draw(st.integers(0, 3)),
+        "victim": draw(st.integers(0, 4)),
         "preemption": draw(st.integers(0, 2)),
         "preempt_for_immediate": draw(st.integers(0, 1)),
         "relegate": draw(st.sampled_from((0.0, 0.0, 1.0, 2.5))),
@@ -111,6 +128,8 @@ def decisions(draw: st.DrawFn, preempt: bool = True) -> dict[str, float]:
         "deferred_decodes": draw(st.sampled_from((1.0, 0.5, 0.0))),
         "deferred_margin_s": draw(st.one_of(st.just(0.0), ticks(0, 200))),
         "deferred_kv_share": draw(st.sampled_from((1.0, 1.0, 0.5, 0.0))),
+        "deferred_cache_share": draw(st.sampled_from((1.0, 0.4, 0.0))),
+        "immediate_cache_share": draw(st.sampled_from((0.0, 0.0, 0.3, 1.0))),
         "reserve_ratio": draw(share),
         "reserve_new_ratio": draw(share),
         "reserve_clip": draw(st.sampled_from((np.inf, 4.0))),
@@ -133,26 +152,45 @@ def compare(state: State, reference: Reference) -> None:
         theirs = np.array([getattr(request, name) for request in reference.requests])
         assert mine[name][known].tolist() == theirs[known].tolist(), name
     assert (mine["status"] == FUTURE).tolist() == [request.status == FUTURE for request in reference.requests]
-    waiting = [request for request in reference.requests if request.status == WAITING]
-    for request in waiting:
-        assert mine[request.number]["cached_blocks"] == reference.cached(request)
+    assert mine["cached"][known].tolist() == [r.cached for r, k in zip(reference.requests, known, strict=True) if k]
     numbers = state.running[: scheduler["running"]].tolist()
     assert numbers == [request.number for request in reference.running]
     batch = state.batch[0]
     if reference.batch.chunks:
         assert batch["prefill_tokens"] + batch["decode_sequences"] == sum(n for _, n in reference.batch.chunks)
-    assert scheduler["free_blocks"] == len(reference.free)
+    assert (scheduler["free_blocks"], scheduler["empty_blocks"]) == (reference.cache.free, reference.cache.empty)
     assert scheduler["host_free_blocks"] == reference.host_free
     totals = (scheduler["busy_s"], scheduler["kv_block_s"], scheduler["recomputed_tokens"])
     assert totals == (reference.busy_s, reference.kv_block_s, reference.recomputed)
     assert scheduler["swapped_tokens"] == reference.swapped
-    assert scheduler["prefix_hit_tokens"] == reference.prefix_hits
+    assert state.classes["found_prompt"].tolist() == reference.found_prompt
+    assert state.classes["admitted_prompt"].tolist() == reference.admitted_prompt
+    assert state.classes["evicted_blocks"].tolist() == reference.cache.evicted
+    assert known_blocks(state) == {
+        (key if key[0] >= 0 else (own_origin(state, -1 - key[0]), key[1])): block.deferred
+        for key, block in reference.cache.known.items()
+    }
     assert state.tenants["service"].tolist() == reference.service
     for group, totals_of_class in zip(state.classes, reference.totals, strict=True):
         for name in PER_CLASS:
             assert group[name] == getattr(totals_of_class, name), name
     bins = np.searchsorted(itl_bin_edges(), reference.itls_s, side="right") - 1
     assert np.array_equal(state.itl_histogram, np.bincount(bins, minlength=len(state.itl_histogram)))
+
+
+def known_blocks(state: State) -> dict[tuple[int, int], bool]:
+    """All blocks of the prefix cache, and whether they are kept for deferred work."""
+    blocks = {}
+    for n in cache_nodes(state):
+        node = state.nodes[n]
+        for b in range(node["first"], node["first"] + node["blocks"]):
+            blocks[int(node["origin"]), int(b)] = bool(node["owner"] == DEFERRED)
+    return blocks
+
+
+def own_origin(state: State, r: int) -> int:
+    """What the part of request r is known by that it shares with nobody."""
+    return int(state.requests["own_origin"][r])
 
 
 def rescore_some(run: ToyRun, reference: Reference, data: st.DataObject) -> None:
@@ -164,12 +202,12 @@ def rescore_some(run: ToyRun, reference: Reference, data: st.DataObject) -> None
 
 
 @settings(deadline=None, max_examples=120)
-@given(engines(), traces, spans, st.data())
+@given(engines(), traces(), spans, st.data())
 def test_every_iteration_is_the_one_the_rules_give(
     engine: EngineProfile, trace: Trace, steps: list[tuple[dict[str, float], int, float]], data: st.DataObject
 ) -> None:
     run = ToyRun(engine, trace)
-    reference = Reference(engine.values, trace.rows, trace.num_tenants)
+    reference = Reference(engine.values, trace.rows, trace.num_tenants, trace.contents)
     compare(run.state, reference)
     for changes, iterations, until in steps:
         rescore_some(run, reference, data)
@@ -184,12 +222,12 @@ def test_every_iteration_is_the_one_the_rules_give(
 
 
 @settings(deadline=None, max_examples=120)
-@given(engines(), traces, spans)
+@given(engines(), traces(), spans)
 def test_whole_stretches_end_where_the_rules_lead(
     engine: EngineProfile, trace: Trace, steps: list[tuple[dict[str, float], int, float]]
 ) -> None:
     run = ToyRun(engine, trace)
-    reference = Reference(engine.values, trace.rows, trace.num_tenants)
+    reference = Reference(engine.values, trace.rows, trace.num_tenants, trace.contents)
     for changes, _, until in steps:
         horizon = run.now_s + until
         run.decide(**changes)

@@ -318,7 +318,7 @@ def test_cached_prefix_saves_its_blocks_and_counts_against_relegation() -> None:
         run = ToyRun(toy_engine(prefix_caching=caching), trace)
         run.drain()
         assert in_ticks(run["finish_s"]) == [finish]
-        assert run.state.scheduler["prefix_hit_tokens"][0] == hits
+        assert run.state.classes["found_prompt"][IMMEDIATE] == hits
     # 20 tokens cannot be had within 10 ticks, the 4 that are not cached can.
     tight = toy_trace(immediate(0, 20, 1, prefix_tokens=16, ttft_slo_s=10 * TICK_S))
     for caching, relegated in ((1, 0), (0, 1)):

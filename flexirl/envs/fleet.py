@@ -29,7 +29,6 @@ from flexirl.runtime.scheduler.accounts import Prices
 from flexirl.runtime.scheduler.looking import look
 from flexirl.runtime.scheduler.state import CLASS, State, new_states
 from flexirl.runtime.simulator import surrogate
-from flexirl.runtime.simulator.simulation import promises_by_due_time
 from flexirl.workloads.scenario import Scenario
 from flexirl.workloads.slo import SLO
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE, TRACE_ROW, Trace
@@ -136,11 +135,11 @@ class Fleet:
         self.observations = np.zeros((members, len(self.low)), np.float32)
         self.rewards = np.zeros(members, np.float32)
         self._kind = ACTIONS.index(task.action)
-        self._drawn: dict[int, tuple[Trace, np.ndarray]] = {}
+        self._drawn: dict[int, Trace] = {}
         self._seed = 0
         self._episode = np.zeros(members // group_size, np.int64)
         self._durations_s = [each.duration_s() for each in self.tasks]
-        first = self._trace(0)[0]
+        first = self._trace(0)
         self._rewards: dict[int, np.ndarray] = {}
         self._allocate(int(1.1 * len(first)) + 64, first.num_tenants, int(1.1 * len(first.contents)))
         threads = min(threads or available_cores(), members)
@@ -169,10 +168,9 @@ class Fleet:
         """The task that a trace belongs to."""
         return self.tasks[number % len(self.tasks)]
 
-    def _trace(self, number: int) -> tuple[Trace, np.ndarray]:
+    def _trace(self, number: int) -> Trace:
         if number not in self._drawn:
-            trace = self._task_of(number).draw(_child_seed(self._seed, number))
-            self._drawn[number] = (trace, promises_by_due_time(trace.rows))
+            self._drawn[number] = self._task_of(number).draw(_child_seed(self._seed, number))
         return self._drawn[number]
 
     def _reward_of(self, which: int) -> np.ndarray:
@@ -192,7 +190,7 @@ class Fleet:
             self._seed = seed
             self._drawn.clear()
         groups = self.members // self.group_size
-        needed = [self._trace(number)[0] for number in range(min(self.num_traces, groups))]
+        needed = [self._trace(number) for number in range(min(self.num_traces, groups))]
         rows, tenants = max(map(len, needed)), max(trace.num_tenants for trace in needed)
         contents = max(len(trace.contents) for trace in needed)
         if not self._has_room(rows, tenants, contents):
@@ -204,7 +202,7 @@ class Fleet:
 
     def _start(self, group: int, share: float = 1.0) -> None:
         number = int(self._episode[group]) % self.num_traces
-        task, (trace, promises) = self._task_of(number), self._trace(number)
+        task, trace = self._task_of(number), self._trace(number)
         which = number % len(self.tasks)
         if not self._has_room(len(trace), trace.num_tenants, len(trace.contents)):
             self._grow(len(trace), trace.num_tenants, len(trace.contents))
@@ -222,11 +220,11 @@ class Fleet:
             self._reward[m] = self._reward_of(which)[0]
             self._observers.memory[m] = np.zeros((), MEMORY)
             self._warm[m] = np.zeros((), CLASS)
-            self._start_engine(m, trace, promises, _child_seed(self._seed, int(self._episode[group]), m))
+            self._start_engine(m, trace, _child_seed(self._seed, int(self._episode[group]), m))
 
-    def _start_engine(self, m: int, trace: Trace, promises: np.ndarray, seed: int) -> None:
+    def _start_engine(self, m: int, trace: Trace, seed: int) -> None:
         """Puts the engine of member m at the start of a trace, and observes it."""
-        _start_member(self._states, self._traces, promises, self._member, m, seed)
+        _start_member(self._states, self._traces, self._member, m, seed)
         self._observe(m)
 
     def _observe(self, m: int) -> None:
@@ -358,13 +356,13 @@ def _member_state(states: State, m: int) -> State:
         states.tenants[m], states.lanes[m], states.scheduler[m], states.decision[m], states.batch[m],
         states.engine[m], states.contents[m], states.nodes[m], states.buckets[m], states.block_rows[m],
         states.spare_rows[m], states.block_before[m], states.spare_blocks[m], states.promises[m],
-        states.itl_histogram[m],
+        states.follower[m], states.sibling[m], states.followers[m], states.itl_histogram[m],
     )  # fmt: skip
 
 
 @compiled
-def _start_member(states, traces, promises, members, m, seed):
-    surrogate.start(borrow(_member_state(states, m)), traces[m, : members[m].rows], promises, seed)
+def _start_member(states, traces, members, m, seed):
+    surrogate.start(borrow(_member_state(states, m)), traces[m, : members[m].rows], seed)
 
 
 @compiled

@@ -42,7 +42,7 @@ class LiveFleet(Fleet):
         self._engine: LiveEngine | None = None
         super().__init__(replace(task, engine=executor.profile), 1, traces=traces)
 
-    def _start_engine(self, m: int, trace: Trace, promises: np.ndarray, seed: int) -> None:
+    def _start_engine(self, m: int, trace: Trace, seed: int) -> None:
         self.close()
         options = Options(
             clock=self._make_clock(), max_requests=self._traces.shape[1], num_tenants=self._states.tenants.shape[1],

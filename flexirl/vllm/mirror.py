@@ -84,7 +84,7 @@ class Mirror:
         seats = int(profile.values["max_running"])
         state = State(*(array[0] for array in new_states(1, profile, max_requests, tenants)))
         self.state = state._replace(nodes=state.nodes[:0])  # it is vLLM that knows what is cached
-        surrogate.start(self.state, empty_rows(0), np.zeros(0, np.int32), 0)
+        surrogate.start(self.state, empty_rows(0), 0)
         # No bound on a real iteration is certain, so a promise is broken when its time has passed and not before.
         self.state.scheduler["fastest_step_s"] = 0.0
         self.numbers = np.zeros(seats, np.int32)

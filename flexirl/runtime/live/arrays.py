@@ -61,8 +61,8 @@ def new_arrays(executor: Executor, options: Options) -> Arrays:
 
 def _start(arrays: Arrays, seed: int) -> None:
     state = arrays.state
-    no_tokens, no_promises = np.zeros(0, np.int64), np.zeros(0, np.int32)
-    surrogate.start(state, empty_rows(0), no_promises, seed)
+    no_tokens = np.zeros(0, np.int64)
+    surrogate.start(state, empty_rows(0), seed)
     take_in(arrays.live, 0, empty_rows(1))
     cancel(state, 0)
     leave(state, 0)
@@ -71,6 +71,6 @@ def _start(arrays: Arrays, seed: int) -> None:
     finish(arrays.live, no_tokens, arrays.is_end, 0.0)
     abandon(state, 0.0)
     state.requests["status"] = FUTURE
-    surrogate.start(state, empty_rows(0), no_promises, seed)
+    surrogate.start(state, empty_rows(0), seed)
     # No bound on a real iteration is certain, so a promise is broken when its time has passed and not before.
     state.scheduler["fastest_step_s"] = 0.0

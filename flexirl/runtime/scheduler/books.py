@@ -6,12 +6,13 @@ import numba as nb
 import numpy as np
 
 from flexirl.compiled import compiled
+from flexirl.policies.interface.view import NONE
+from flexirl.runtime.scheduler.events import add_event, pop_event
 from flexirl.runtime.scheduler.kv_cache import release
 from flexirl.runtime.scheduler.queues import remove
 from flexirl.runtime.scheduler.state import (
     EXPIRED,
     FINISHED,
-    FUTURE,
     ITL_BINS,
     RUNNING,
     State,
@@ -139,18 +140,13 @@ def settle_running(state: State, r: int) -> bool:
 
 @compiled
 def settle_first_tokens(state: State) -> None:
-    """Books the loss of every request whose first token fell due unmade. `promises` is sorted by due time.
-
-    One that arrived during an iteration holds up those due after it until it is submitted, so this is called then, too.
-    """
+    """Books the loss of every request whose first token fell due unmade."""
     scheduler = state.scheduler[0]
-    while scheduler.promises_next < scheduler.promises_length:
-        r = state.promises[scheduler.promises_next]
-        if state.requests[r].status == FUTURE or state.requests[r].ttft_deadline_s >= scheduler.now_s:
-            return
+    while scheduler.promised > 0 and state.promises[0].time_s < scheduler.now_s:
+        r = state.promises[0].request
         if state.requests[r].first_token_s > state.requests[r].ttft_deadline_s:
             _book_loss(state, r)
-        scheduler.promises_next += 1
+        scheduler.promised = pop_event(state.promises, scheduler.promised)
 
 
 @compiled
@@ -170,11 +166,24 @@ def end_waiting(state: State, r: int, status: int) -> None:
 
 
 @compiled
+def _let_follow(state: State, r: int) -> None:
+    """Whoever waits for the answer of request r, which has ended, goes on when it has thought about it."""
+    scheduler = state.scheduler[0]
+    follower = state.follower[r]
+    while follower != NONE:
+        arrival_s = state.requests[r].finish_s + state.requests[follower].arrival_s
+        scheduler.coming = add_event(state.followers, scheduler.coming, arrival_s, follower)
+        follower = state.sibling[follower]
+    state.follower[r] = NONE
+
+
+@compiled
 def book_end(state: State, r: int, now_s: float) -> None:
     """Books how request r, no longer in the system, ended: promise kept, or broken and its tokens void."""
     request = state.requests[r]
     group = state.classes[request.request_class]
     request.finish_s = now_s
+    _let_follow(state, r)
     state.tenants[request.tenant].active -= 1
     if request.status == FINISHED:
         group.finished += 1

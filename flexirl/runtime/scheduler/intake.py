@@ -13,6 +13,7 @@ from flexirl.runtime.scheduler.books import (
     end_waiting,
     join_tenant,
 )
+from flexirl.runtime.scheduler.events import add_event
 from flexirl.runtime.scheduler.prefix_cache import new_own_origin
 from flexirl.runtime.scheduler.queues import push
 from flexirl.runtime.scheduler.state import (
@@ -26,12 +27,12 @@ from flexirl.workloads.trace import IMMEDIATE
 
 
 @compiled
-def fill_in(request, row) -> None:
+def fill_in(request, row, arrival_s: float) -> None:
     """Copies what the client asked for from a `TRACE_ROW` record into a `REQUEST` record; `submit` does the rest."""
-    request.arrival_s = row.arrival_s
-    request.ttft_deadline_s = row.arrival_s + row.ttft_slo_s
+    request.arrival_s = arrival_s
+    request.ttft_deadline_s = arrival_s + row.ttft_slo_s
     request.tpot_slo_s = row.tpot_slo_s
-    request.deadline_s = row.arrival_s + row.window_s
+    request.deadline_s = arrival_s + row.window_s
     request.request_class = row.request_class
     request.tenant = row.tenant
     request.prompt_tokens = row.prompt_tokens
@@ -72,8 +73,10 @@ def submit(state: State, r: int) -> None:
     if request.prompt_tokens + request.max_tokens > longest_sequence(engine):
         request.status = REJECTED
         book_end(state, r, scheduler.now_s)
-    else:
-        push(state, r)
+        return
+    if request.request_class == IMMEDIATE and request.ttft_deadline_s < np.inf:
+        scheduler.promised = add_event(state.promises, scheduler.promised, request.ttft_deadline_s, r)
+    push(state, r)
 
 
 @compiled

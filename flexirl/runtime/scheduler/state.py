@@ -13,6 +13,7 @@ import numpy as np
 from flexirl.policies.interface.decision import DECISION, default_decision
 from flexirl.runtime.profile.engine import ENGINE, EngineProfile
 from flexirl.runtime.profile.step_time import BATCH
+from flexirl.runtime.scheduler.events import EVENT
 from flexirl.workloads.trace import CONTENT
 
 # A request is in exactly one of these states.
@@ -38,7 +39,7 @@ REQUEST = np.dtype(
         ("kv_blocks", "i4"),
         ("furthest", "i4"),  # most prompt tokens ever computed, so that recomputation is not credited twice
         # The rest of what the client asked for.
-        ("arrival_s", "f8"),
+        ("arrival_s", "f8"),  # of one that waits for another's answer, until that comes: its delay
         ("ttft_deadline_s", "f8"),  # first token due; inf where none is promised
         ("tenant", "i4"),
         ("max_tokens", "i4"),
@@ -116,8 +117,8 @@ SCHEDULER = np.dtype(
         ("rng", "u8"),
         ("trace_next", "i8"),  # next row of the trace to arrive
         ("trace_length", "i8"),
-        ("promises_next", "i8"),  # next entry of `promises` to fall due
-        ("promises_length", "i8"),
+        ("promised", "i8"),  # entries of `promises`
+        ("coming", "i8"),  # entries of `followers`
         ("running", "i8"),  # entries of the `running` list
         ("joined", "i8"),  # of them, the last ones, admitted by the plan that is being made: it evicts none of them
         ("free_blocks", "i8"),  # that no running request uses: empty ones, and idle ones in the prefix cache
@@ -207,7 +208,12 @@ class State(NamedTuple):
     spare_rows: np.ndarray  # int32, (2 * max_running,): those that nobody has, the longest unused first
     block_before: np.ndarray  # int32, (kv_blocks,): within a node, the block before each
     spare_blocks: np.ndarray  # int32, (kv_blocks,): the empty ones, as a stack
-    promises: np.ndarray  # int32, (R,): requests with a TTFT promise, by due time
+    promises: np.ndarray  # EVENT, (R,): when the first tokens of immediate requests are due
+    # Requests that wait for an answer: the first one that waits for each, the next that waits for the same, and those
+    # that are on their way, since the answer has come.
+    follower: np.ndarray  # int32, (R,)
+    sibling: np.ndarray  # int32, (R,)
+    followers: np.ndarray  # EVENT, (R,)
     itl_histogram: np.ndarray  # int64, (ITL_BINS,): inter-token latencies of immediate requests
 
 
@@ -253,7 +259,10 @@ def new_states(
         spare_rows=rows((rows_of_blocks if numbered else 0,), np.int32),
         block_before=rows((blocks if numbered else 0,), np.int32),
         spare_blocks=rows((blocks if numbered else 0,), np.int32),
-        promises=rows((max_requests,), np.int32),
+        promises=rows((max_requests,), EVENT),
+        follower=rows((max_requests,), np.int32),
+        sibling=rows((max_requests,), np.int32),
+        followers=rows((max_requests,), EVENT),
         itl_histogram=rows((ITL_BINS,), np.int64),
     )
     states.engine[:] = profile

@@ -43,19 +43,12 @@ class Run:
     state: State
 
 
-def promises_by_due_time(rows: np.ndarray) -> np.ndarray:
-    """Numbers (int32) of the immediate rows with a promised first token, by the time it is due."""
-    due_s = rows["arrival_s"] + rows["ttft_slo_s"]
-    promised = np.flatnonzero(np.isfinite(due_s) & (rows["request_class"] == IMMEDIATE))
-    return promised[np.argsort(due_s[promised], kind="stable")].astype(np.int32)
-
-
 def start(engine: EngineProfile, trace: Trace, seed: int) -> State:
     """A surrogate engine at the start of a trace."""
     states = new_states(1, engine, max(len(trace), 1), max(trace.num_tenants, 1), len(trace.contents))
     state = State(*(array[0] for array in states))
     state.contents[:] = trace.contents
-    surrogate.start(state, trace.rows, promises_by_due_time(trace.rows), seed)
+    surrogate.start(state, trace.rows, seed)
     return state
 
 

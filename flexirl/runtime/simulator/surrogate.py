@@ -23,6 +23,7 @@ from flexirl.runtime.scheduler.books import (
     settle_first_tokens,
 )
 from flexirl.runtime.scheduler.commit import commit, settle
+from flexirl.runtime.scheduler.events import pop_event
 from flexirl.runtime.scheduler.intake import fill_in, submit
 from flexirl.runtime.scheduler.kv_cache import allocate, blocks_for
 from flexirl.runtime.scheduler.plan import apply, plan
@@ -36,25 +37,24 @@ _NOISE_LIMIT = 3.0  # noise is cut at this many standard deviations, so that the
 
 
 @compiled
-def start(state: State, trace: np.ndarray, promises: np.ndarray, seed: int) -> None:
+def start(state: State, trace: np.ndarray, seed: int) -> None:
     """Puts a new state, or one that another trace has left, at the start of a trace.
 
-    trace: `TRACE_ROW` (N,), N at most the state's requests; promises: int32, the rows with a finite TTFT promise by
-    due time; seed: of the step-time noise.
+    trace: `TRACE_ROW` (N,), N at most the state's requests, whose contents stand in the state; seed: of the step-time
+    noise.
     """
     state = borrow(state)
     scheduler, engine = state.scheduler[0], state.engine[0]
-    for r in range(scheduler.trace_next):  # all that have been anything else
+    for r in range(scheduler.trace_length):
         state.requests[r].status = FUTURE
     _clear_records(state)
     scheduler.now_s = 0.0
     scheduler.rng = (np.uint64(seed) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     scheduler.trace_next = 0
     scheduler.trace_length = len(trace)
-    scheduler.promises_next = 0
-    scheduler.promises_length = len(promises)
-    for i in range(len(promises)):  # a slice would take Numba longer to compile than all else here
-        state.promises[i] = promises[i]
+    scheduler.promised = 0
+    scheduler.coming = 0
+    _link_followers(state, trace)
     scheduler.running = 0
     scheduler.joined = 0
     empty_cache(state)
@@ -72,6 +72,17 @@ def start(state: State, trace: np.ndarray, promises: np.ndarray, seed: int) -> N
     state.batch[0].decode_sequences = 0
     state.batch[0].sampled_sequences = 0
     arrive(state, trace, scheduler.now_s)
+
+
+@compiled
+def _link_followers(state: State, trace: np.ndarray) -> None:
+    state.follower[:] = NONE
+    for r in range(len(trace) - 1, -1, -1):
+        if trace[r].follows > 0:
+            first = r - trace[r].follows
+            state.requests[r].arrival_s = trace[r].delay_s
+            state.sibling[r] = state.follower[first]
+            state.follower[first] = r
 
 
 @compiled
@@ -152,24 +163,42 @@ def advance(state: State, trace: np.ndarray, until_s: float, max_iterations: int
 def arrive(state: State, trace: np.ndarray, by_s: float) -> None:
     """Submits the requests that have arrived by `by_s`, at the latest now."""
     scheduler = state.scheduler[0]
-    first = scheduler.trace_next
-    while scheduler.trace_next < scheduler.trace_length:
-        r = scheduler.trace_next
-        if trace[r].arrival_s > by_s:
+    anybody = False
+    while True:
+        arrival_s = _next_in_trace_s(state, trace)
+        follows = scheduler.coming > 0 and state.followers[0].time_s < arrival_s
+        if follows:
+            arrival_s = state.followers[0].time_s
+        if arrival_s > by_s or arrival_s == np.inf:
             break
-        fill_in(state.requests[r], trace[r])
-        scheduler.trace_next += 1
+        if follows:
+            r = state.followers[0].request
+            scheduler.coming = pop_event(state.followers, scheduler.coming)
+        else:
+            r = scheduler.trace_next
+            scheduler.trace_next += 1
+        fill_in(state.requests[r], trace[r], arrival_s)
         submit(state, r)
-    if scheduler.trace_next > first:
+        anybody = True
+    if anybody:
         settle_first_tokens(state)
 
 
 @compiled
-def _next_arrival_s(state: State, trace: np.ndarray) -> float:
+def _next_in_trace_s(state: State, trace: np.ndarray) -> float:
+    """When the next request of the trace arrives that waits for nobody."""
     scheduler = state.scheduler[0]
-    if scheduler.trace_next < scheduler.trace_length:
-        return trace[scheduler.trace_next].arrival_s
+    while scheduler.trace_next < scheduler.trace_length:
+        if trace[scheduler.trace_next].follows == 0:
+            return trace[scheduler.trace_next].arrival_s
+        scheduler.trace_next += 1
     return np.inf
+
+
+@compiled
+def _next_arrival_s(state: State, trace: np.ndarray) -> float:
+    arrival_s = _next_in_trace_s(state, trace)
+    return min(arrival_s, state.followers[0].time_s) if state.scheduler[0].coming > 0 else arrival_s
 
 
 @compiled

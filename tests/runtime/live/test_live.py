@@ -112,7 +112,7 @@ def everything_is_given_back(run: LiveRun) -> None:
     scheduler, profile = run.engine.state.scheduler[0], run.executor.profile.values
     assert scheduler["free_blocks"] == profile["kv_blocks"]
     assert scheduler["host_free_blocks"] == profile["host_kv_blocks"] == run.executor.free_host_blocks
-    assert scheduler["promises_length"] == scheduler["promises_next"]
+    assert scheduler["promised"] == 0
     assert not run.engine._places.place_of and len(run.engine._places.free) == len(run.engine.state.requests)
 
 

@@ -66,14 +66,20 @@ class Request:
     finish_s: float = NEVER
 
     def __post_init__(self) -> None:
-        self.arrival_s: float = self.row["arrival_s"]
+        follows = self.row["follows"]
+        self.waits_for: int | None = self.number - follows if follows else None  # whose answer it waits for
         self.deferred: bool = self.row["request_class"] == DEFERRED
         self.tenant: int = self.row["tenant"]
         self.prompt: int = self.row["prompt_tokens"]
         self.output: int = self.row["output_tokens"]
-        self.first_due_s: float = self.arrival_s + self.row["ttft_slo_s"]
-        self.deadline_s: float = self.arrival_s + self.row["window_s"]
         self.score: float = 0.0 if self.deferred else 1.0
+        self.comes(NEVER if follows else self.row["arrival_s"])
+
+    def comes(self, arrival_s: float) -> None:
+        """It is known when it arrives."""
+        self.arrival_s: float = arrival_s
+        self.first_due_s: float = arrival_s + self.row["ttft_slo_s"]
+        self.deadline_s: float = arrival_s + self.row["window_s"]
 
     @property
     def sequence(self) -> int:
@@ -217,18 +223,19 @@ class Reference:
 
     def arrive(self) -> None:
         """Queues what has arrived, or rejects what can never fit."""
-        for request in self.requests:
-            if request.status == FUTURE and request.arrival_s <= self.now_s:
-                self.totals[request.deferred].arrived += 1
-                in_system = [r for r in self.requests if r.status in (WAITING, RUNNING)]
-                if in_system and not any(r.tenant == request.tenant for r in in_system):
-                    least = min(self.service[r.tenant] for r in in_system)
-                    self.service[request.tenant] = max(self.service[request.tenant], least)
-                longest = request.prompt + request.row["max_tokens"]
-                fits = self.blocks(longest) <= self.engine["kv_blocks"] and longest <= self.engine["max_model_len"]
-                request.status = WAITING
-                if not fits:
-                    self.end(request, REJECTED)
+        # Rejecting one may let another come at the same time.
+        while coming := [r for r in self.requests if r.status == FUTURE and r.arrival_s <= self.now_s]:
+            request = min(coming, key=lambda r: (r.arrival_s, r.row["follows"] > 0, r.number))
+            self.totals[request.deferred].arrived += 1
+            in_system = [r for r in self.requests if r.status in (WAITING, RUNNING)]
+            if in_system and not any(r.tenant == request.tenant for r in in_system):
+                least = min(self.service[r.tenant] for r in in_system)
+                self.service[request.tenant] = max(self.service[request.tenant], least)
+            longest = request.prompt + request.row["max_tokens"]
+            fits = self.blocks(longest) <= self.engine["kv_blocks"] and longest <= self.engine["max_model_len"]
+            request.status = WAITING
+            if not fits:
+                self.end(request, REJECTED)
         self.settle_first_tokens()
 
     def step_s(self, chunks: list[tuple[Request, int]]) -> float:
@@ -666,6 +673,9 @@ class Reference:
         request.host_blocks = 0
         request.status = status
         request.finish_s = self.now_s
+        for other in self.requests:
+            if other.waits_for == request.number:
+                other.comes(self.now_s + other.row["delay_s"])
         totals = self.totals[request.deferred]
         if status == FINISHED:
             totals.finished += 1

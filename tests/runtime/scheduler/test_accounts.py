@@ -13,7 +13,7 @@ from flexirl.policies.interface.view import View
 from flexirl.runtime.scheduler.accounts import Prices, Snapshot, account, histogram_percentile, jain_fairness
 from flexirl.runtime.scheduler.books import itl_bin
 from flexirl.runtime.scheduler.state import ITL_BINS, REQUEST, itl_bin_edges
-from flexirl.runtime.simulator.simulation import promises_by_due_time, simulate
+from flexirl.runtime.simulator.simulation import simulate, start
 from flexirl.workloads.slo import SLO
 
 
@@ -139,7 +139,8 @@ def test_simulate_leaves_the_warm_up_out() -> None:
 
 def test_deferred_requests_have_no_first_token_promise() -> None:
     trace = toy_trace(deferred(0, 4, 2, ttft_slo_s=0.1), immediate(0, 4, 2, ttft_slo_s=0.2), immediate(0, 4, 2))
-    assert promises_by_due_time(trace.rows).tolist() == [1]
+    state = start(toy_engine(), trace, 0)
+    assert state.promises["request"][: state.scheduler["promised"][0]].tolist() == [1]
 
 
 @given(st.lists(st.floats(1e-4, 100.0), min_size=1, max_size=200), st.sampled_from((50, 90, 99)))

@@ -78,6 +78,9 @@ def traces(draw: st.DrawFn) -> Trace:
                 break
             contents.append((path, end))
         row["content_count"] = len(contents) - row["content_first"]
+    for i, row in enumerate(trace.rows):
+        row["follows"] = draw(st.integers(0, min(i, 3)))
+        row["delay_s"] = draw(st.one_of(st.just(0.0), ticks(0, 100)))
     return replace(trace, contents=np.array(contents, CONTENT))
 
 

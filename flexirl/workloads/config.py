@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flexirl.errors import UserError
-from flexirl.workloads import arrivals, lengths, scenario
+from flexirl.workloads import arrivals, files, lengths, scenario, sessions
 
 Node = Mapping[str, Any]
 Builder = Callable[[str, Any], Any]  # the node's place in the configuration, and the node
@@ -38,7 +38,7 @@ def from_config(config: Node) -> scenario.Scenario:
     if load is not None and (isinstance(load, bool) or not isinstance(load, _NUMBER)):
         raise UserError(f"workload.load={load!r} should be a number; 1 is the engine's capacity.")
     immediate = _mapping("workload.immediate", node.get("immediate"))
-    if immediate.get("kind") == "synthetic":
+    if immediate.get("kind") in ("synthetic", "sessions", "several"):
         immediate["load"] = load
     elif immediate.get("kind") == "trace":
         immediate |= {"load": load, "path": node.pop("path", None), "columns": node.pop("columns", None)}
@@ -158,10 +158,45 @@ LENGTHS: dict[str, Builder] = {
     "empirical": _class(lengths.Empirical),
 }
 
+
+def _several(place: str, node: Any) -> sessions.Several:
+    """Parts by name; each has a relative `share` of the load beside what its kind takes."""
+    node = _mapping(place, node)
+    parts = {name: _mapping(f"{place}.parts.{name}", part) for name, part in _mapping(place, node["parts"]).items()}
+    shares = {name: part.pop("share", 1.0) for name, part in parts.items()}
+    for name, share in shares.items():
+        if isinstance(share, bool) or not isinstance(share, _NUMBER) or share <= 0:
+            raise UserError(f"{place}.parts.{name}.share={share!r} should be a positive number.")
+    load = node.get("load")
+    if load is None or not parts:
+        raise UserError(f"{place} needs parts and workload.load, the share of the engine's capacity they ask for.")
+    total = sum(shares.values())
+    return sessions.Several(
+        tuple(
+            _of_kind(IMMEDIATE, f"{place}.parts.{name}", {**part, "load": load * shares[name] / total})
+            for name, part in parts.items()
+        )
+    )
+
+
+def _kinds(place: str, node: Any) -> dict[str, files.Kind]:
+    marginals = dict.fromkeys(("instruction", "prompt", "output", "requests"), _marginal)
+    return {
+        name: _object(files.Kind, f"{place}.{name}", kind, marginals) for name, kind in _mapping(place, node).items()
+    }
+
+
 _STREAM: dict[str, Builder] = {
     "arrivals": partial(_of_kind, ARRIVALS),
     "lengths": partial(_of_kind, LENGTHS),
     "tenants": _class(scenario.Tenants),
+}
+
+
+_SESSIONS: dict[str, Builder] = {
+    **_STREAM,
+    **dict.fromkeys(("turns", "first", "later", "output", "system"), _marginal),
+    "pause": _class(sessions.Pause),
 }
 
 
@@ -171,12 +206,15 @@ def _deferred(place: str, node: Any) -> Any:
 
 IMMEDIATE: dict[str, Builder] = {
     "synthetic": _class(scenario.Synthetic, _STREAM),
+    "sessions": _class(sessions.Sessions, _SESSIONS),
+    "several": _several,
     "trace": _recorded,
     "none": _class(scenario.Silent),
 }
 DEFERRED: dict[str, Builder] = {
     "backlog": _class(scenario.Backlog, _STREAM),
     "batches": _class(scenario.Batches, _STREAM),
+    "files": _class(files.Files, {"kinds": _kinds, **_STREAM}),
     "none": _class(scenario.NoDeferred),
     "of_file": lambda place, node: _object(scenario.OfFile, place, node, {"otherwise": _deferred}),
 }

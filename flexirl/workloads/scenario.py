@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +19,7 @@ from flexirl.workloads.arrivals import ArrivalProcess, Poisson
 from flexirl.workloads.lengths import LengthModel
 from flexirl.workloads.readers import read_trace
 from flexirl.workloads.slo import SLO
-from flexirl.workloads.trace import DEFERRED, IMMEDIATE, Trace, empty_rows
+from flexirl.workloads.trace import DEFERRED, IMMEDIATE, Trace, empty_rows, merge, take
 
 ServiceTime = Callable[[np.ndarray], NDArray[np.float64]]
 
@@ -34,7 +34,8 @@ MOST_REQUESTS = 10_000_000  # in one episode: a few GB
 MEAN_SAMPLE = 20_000  # requests drawn to estimate a length model's mean service time
 
 
-def _require(ok: bool, name: str, value: object, rule: str) -> None:
+def require(ok: bool, name: str, value: object, rule: str) -> None:
+    """Raises UserError unless ok."""
     if not ok:
         raise UserError(f"{name}={value!r} is out of range; {rule}.")
 
@@ -52,8 +53,8 @@ class Tier:
     window_s: float = math.inf
 
     def __post_init__(self) -> None:
-        _require(self.share > 0, "slo_tiers.share", self.share, "a tier's share is positive")
-        _require(self.window_s > 0, "slo_tiers.window_s", self.window_s, "a completion window is positive")
+        require(self.share > 0, "slo_tiers.share", self.share, "a tier's share is positive")
+        require(self.window_s > 0, "slo_tiers.window_s", self.window_s, "a completion window is positive")
         SLO(self.ttft_s, self.tpot_s)
 
 
@@ -65,7 +66,7 @@ class Tenants:
     skew: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.count >= 1, "tenants.count", self.count, "there is at least 1 tenant")
+        require(self.count >= 1, "tenants.count", self.count, "there is at least 1 tenant")
 
     def draw(self, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
         """Tenant numbers of `count` requests."""
@@ -86,7 +87,7 @@ class Predictor:
     error: float = 0.5
 
     def __post_init__(self) -> None:
-        _require(self.error >= 0, "predictor.error", self.error, "the error is 0 or more")
+        require(self.error >= 0, "predictor.error", self.error, "the error is 0 or more")
 
     def fill(self, rows: np.ndarray, rng: np.random.Generator) -> None:
         """Sets predicted_output_tokens, from 1 to max_tokens."""
@@ -95,7 +96,7 @@ class Predictor:
             rows["predicted_output_tokens"] = np.clip(np.rint(guess), 1, rows["max_tokens"])
 
 
-class _PerServiceTime:
+class PerServiceTime:
     """Remembers the last value that was derived from a service-time function; drawing many episodes asks often."""
 
     def __init__(self) -> None:
@@ -103,6 +104,7 @@ class _PerServiceTime:
         self._value = 0.0
 
     def get(self, service_time_s: ServiceTime, derive: Callable[[], float]) -> float:
+        """The value for this function, derived where it is another than the last time."""
         # ==, not `is`: every access to a bound method makes a new object.
         if self._of is None or self._of != service_time_s:
             self._value = derive()
@@ -113,10 +115,11 @@ class _PerServiceTime:
 def _mean_service_s(lengths: LengthModel, service_time_s: ServiceTime) -> float:
     rows = empty_rows(MEAN_SAMPLE)
     lengths.fill(rows, np.random.default_rng(0))  # the same for every episode: load is a property of the scenario
-    return _positive(float(np.mean(service_time_s(rows))))
+    return positive(float(np.mean(service_time_s(rows))))
 
 
-def _positive(seconds: float) -> float:
+def positive(seconds: float) -> float:
+    """The seconds; raises UserError where they say that no request fits the engine."""
     if not (math.isfinite(seconds) and seconds > 0):
         raise UserError(
             f"requests cost {seconds:g} s of the engine, since none of them fits it; give it a longer "
@@ -137,8 +140,8 @@ class ImmediateStream(Protocol):
         """Length of one draw in seconds."""
         ...
 
-    def draw(self, duration_s: float | None, service_time_s: ServiceTime, rngs: Rngs) -> np.ndarray:
-        """Rows sorted by arrival, without promises."""
+    def draw(self, duration_s: float | None, service_time_s: ServiceTime, rngs: Rngs) -> Trace:
+        """Requests without promises."""
         ...
 
 
@@ -153,10 +156,10 @@ class Synthetic:
     lengths: LengthModel
     load: float
     tenants: Tenants = field(default_factory=Tenants)
-    _mean: _PerServiceTime = field(default_factory=_PerServiceTime, init=False, repr=False, compare=False)
+    _mean: PerServiceTime = field(default_factory=PerServiceTime, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _require(self.load > 0, "workload.load", self.load, "the load is positive; 1 is the engine's capacity")
+        require(self.load > 0, "workload.load", self.load, "the load is positive; 1 is the engine's capacity")
 
     @property
     def num_tenants(self) -> int:
@@ -173,7 +176,7 @@ class Synthetic:
         """Mean requests per second."""
         return self.load / self._mean.get(service_time_s, lambda: _mean_service_s(self.lengths, service_time_s))
 
-    def draw(self, duration_s: float | None, service_time_s: ServiceTime, rngs: Rngs) -> np.ndarray:
+    def draw(self, duration_s: float | None, service_time_s: ServiceTime, rngs: Rngs) -> Trace:
         """See `ImmediateStream.draw`."""
         rate_per_s, length_s = self.rate_per_s(service_time_s), self.length_s(duration_s, service_time_s)
         if rate_per_s * length_s > MOST_REQUESTS:
@@ -186,7 +189,7 @@ class Synthetic:
         rows["arrival_s"] = times
         self.lengths.fill(rows, rngs["lengths"])
         rows["tenant"] = self.tenants.draw(len(rows), rngs["tenants"])
-        return rows
+        return Trace(rows, "synthetic", self.num_tenants)
 
 
 class Recorded:
@@ -205,7 +208,7 @@ class Recorded:
         seed: int = 0,
         columns: Mapping[str, str] | None = None,
     ) -> None:
-        _require(load is None or load > 0, "workload.load", load, "the load is positive; 1 is the engine's capacity")
+        require(load is None or load > 0, "workload.load", load, "the load is positive; 1 is the engine's capacity")
         self.trace = read_trace(path, format, seed, columns)
         self.load = load
         self.num_tenants = self.trace.num_tenants
@@ -218,7 +221,7 @@ class Recorded:
                 "workload.load, the share of the engine's capacity at which they are to arrive."
             )
         self._span_s = last * len(arrival_s) / (len(arrival_s) - 1) if last > 0 else 1.0
-        self._demand = _PerServiceTime()
+        self._demand = PerServiceTime()
 
     @property
     def has_deferred(self) -> bool:
@@ -233,7 +236,7 @@ class Recorded:
         """What recorded times are multiplied by."""
         if self.load is None:
             return 1.0
-        demand = self._demand.get(service_time_s, lambda: _positive(self.own_load(IMMEDIATE, service_time_s)))
+        demand = self._demand.get(service_time_s, lambda: positive(self.own_load(IMMEDIATE, service_time_s)))
         return demand / self.load
 
     def length_s(self, duration_s: float | None, service_time_s: ServiceTime) -> float:
@@ -241,21 +244,21 @@ class Recorded:
         whole_s = self.time_factor(service_time_s) * self._span_s
         return whole_s if duration_s is None else min(duration_s, whole_s)
 
-    def draw(self, duration_s: float | None, service_time_s: ServiceTime, rngs: Rngs) -> np.ndarray:
+    def draw(self, duration_s: float | None, service_time_s: ServiceTime, rngs: Rngs) -> Trace:
         """See `ImmediateStream.draw`; deferred requests of the file are among them."""
         factor = self.time_factor(service_time_s)
         room_s = -1.0 if duration_s is None else self._span_s * factor - duration_s
         if duration_s is None or room_s < 0:
             rows = self.trace.rows.copy()
             rows["arrival_s"] = self._since_first_s * factor
-            return rows
+            return replace(self.trace, rows=rows)
         start_s = rngs["arrivals"].random() * room_s
         first, end = np.searchsorted(self._since_first_s, [start_s / factor, (start_s + duration_s) / factor])
-        rows = self.trace.rows[first:end].copy()
+        rows = take(self.trace.rows, np.arange(first, end))
         # Rounding of the bounds may leave an arrival a hair outside.
         offset_s = self._since_first_s[first:end] * factor - start_s
         rows["arrival_s"] = np.clip(offset_s, 0.0, np.nextafter(duration_s, 0.0))
-        return rows
+        return replace(self.trace, rows=rows)
 
 
 @dataclass(frozen=True)
@@ -270,9 +273,9 @@ class Silent:
             raise UserError("workload.duration_s=null is for traces; give this workload a duration in seconds.")
         return duration_s
 
-    def draw(self, duration_s: float | None, service_time_s: ServiceTime, rngs: Rngs) -> np.ndarray:
+    def draw(self, duration_s: float | None, service_time_s: ServiceTime, rngs: Rngs) -> Trace:
         """See `ImmediateStream.draw`."""
-        return empty_rows(0)
+        return Trace(empty_rows(0), "none", 1)
 
 
 class DeferredStream(Protocol):
@@ -280,8 +283,8 @@ class DeferredStream(Protocol):
 
     num_tenants: int
 
-    def draw(self, duration_s: float, service_time_s: ServiceTime, rngs: Rngs) -> np.ndarray:
-        """Rows sorted by arrival, with their completion windows."""
+    def draw(self, duration_s: float, service_time_s: ServiceTime, rngs: Rngs) -> Trace:
+        """Requests with their completion windows."""
         ...
 
 
@@ -295,17 +298,17 @@ class Backlog:
     lengths: LengthModel
     margin: float = 1.3
     tenants: Tenants = field(default_factory=Tenants)
-    _mean: _PerServiceTime = field(default_factory=_PerServiceTime, init=False, repr=False, compare=False)
+    _mean: PerServiceTime = field(default_factory=PerServiceTime, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _require(self.margin > 0, "deferred.margin", self.margin, "the margin is positive, above 1 to never run out")
+        require(self.margin > 0, "deferred.margin", self.margin, "the margin is positive, above 1 to never run out")
 
     @property
     def num_tenants(self) -> int:
         """Tenants are numbered from 0 to one less."""
         return self.tenants.count
 
-    def draw(self, duration_s: float, service_time_s: ServiceTime, rngs: Rngs) -> np.ndarray:
+    def draw(self, duration_s: float, service_time_s: ServiceTime, rngs: Rngs) -> Trace:
         """See `DeferredStream.draw`."""
         needed_s = self.margin * duration_s
         mean_s = self._mean.get(service_time_s, lambda: _mean_service_s(self.lengths, service_time_s))
@@ -320,7 +323,7 @@ class Backlog:
             missing_s -= float(total[min(enough, len(total)) - 1])
         rows = np.concatenate(parts)
         rows["tenant"] = self.tenants.draw(len(rows), rngs["deferred_tenants"])
-        return rows
+        return Trace(rows, "backlog", self.num_tenants)
 
 
 @dataclass(frozen=True)
@@ -340,37 +343,37 @@ class Batches:
     window_s: tuple[float, ...] = (86400.0,)
     time_scale: float = 1.0
     tenants: Tenants = field(default_factory=Tenants)
-    _mean: _PerServiceTime = field(default_factory=_PerServiceTime, init=False, repr=False, compare=False)
+    _mean: PerServiceTime = field(default_factory=PerServiceTime, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 1, "deferred.batch_size", self.batch_size, "a file has at least 1 request")
-        _require(
+        require(self.batch_size >= 1, "deferred.batch_size", self.batch_size, "a file has at least 1 request")
+        require(
             [self.interval_s, self.times_s, self.load].count(None) == 2, "deferred.interval_s", self.interval_s,
             "give one of interval_s, times_s and load, the others null",
         )  # fmt: skip
-        _require(
+        require(
             self.interval_s is None or self.interval_s > 0, "deferred.interval_s", self.interval_s,
             "the mean gap between files is positive",
         )  # fmt: skip
-        _require(
+        require(
             all(time >= 0 for time in self.times_s or ()),
             "deferred.times_s",
             self.times_s,
             "files arrive at 0 or later",
         )
-        _require(self.load is None or self.load > 0, "deferred.load", self.load, "the load is positive")
-        _require(
+        require(self.load is None or self.load > 0, "deferred.load", self.load, "the load is positive")
+        require(
             len(self.window_s) > 0 and min(self.window_s) > 0, "deferred.window_s", self.window_s,
             "a completion window is positive",
         )  # fmt: skip
-        _require(self.time_scale > 0, "deferred.time_scale", self.time_scale, "the scale is positive")
+        require(self.time_scale > 0, "deferred.time_scale", self.time_scale, "the scale is positive")
 
     @property
     def num_tenants(self) -> int:
         """Tenants are numbered from 0 to one less."""
         return self.tenants.count
 
-    def draw(self, duration_s: float, service_time_s: ServiceTime, rngs: Rngs) -> np.ndarray:
+    def draw(self, duration_s: float, service_time_s: ServiceTime, rngs: Rngs) -> Trace:
         """See `DeferredStream.draw`."""
         if self.times_s is not None:
             times = np.sort(np.asarray(self.times_s, dtype=np.float64))
@@ -383,7 +386,7 @@ class Batches:
         rows["window_s"] = np.repeat(windows_s, self.batch_size)
         self.lengths.fill(rows, rngs["deferred_lengths"])
         rows["tenant"] = np.repeat(self.tenants.draw(len(times), rngs["deferred_tenants"]), self.batch_size)
-        return rows
+        return Trace(rows, "batches", self.num_tenants)
 
     def _gap_s(self, service_time_s: ServiceTime) -> float:
         """Mean seconds between files."""
@@ -405,7 +408,7 @@ class OfFile:
         """Tenants are numbered from 0 to one less."""
         return self.otherwise.num_tenants
 
-    def draw(self, duration_s: float, service_time_s: ServiceTime, rngs: Rngs) -> np.ndarray:
+    def draw(self, duration_s: float, service_time_s: ServiceTime, rngs: Rngs) -> Trace:
         """See `DeferredStream.draw`; those of a file come from it."""
         return self.otherwise.draw(duration_s, service_time_s, rngs)
 
@@ -416,9 +419,9 @@ class NoDeferred:
 
     num_tenants: int = field(default=1, init=False)
 
-    def draw(self, duration_s: float, service_time_s: ServiceTime, rngs: Rngs) -> np.ndarray:
+    def draw(self, duration_s: float, service_time_s: ServiceTime, rngs: Rngs) -> Trace:
         """See `DeferredStream.draw`."""
-        return empty_rows(0)
+        return Trace(empty_rows(0), "none", 1)
 
 
 @dataclass(frozen=True)
@@ -439,10 +442,10 @@ class Scenario:
     predictor: Predictor = field(default_factory=Predictor)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.duration_s is None or self.duration_s > 0, "workload.duration_s", self.duration_s, "it is positive"
         )
-        _require(
+        require(
             0 <= self.warmup_s < (self.duration_s or math.inf), "workload.warmup_s", self.warmup_s,
             "it is at least 0 and less than workload.duration_s",
         )  # fmt: skip
@@ -472,8 +475,9 @@ class Scenario:
         rngs = {name: np.random.default_rng(child) for name, child in zip(RANDOM_STREAMS, children, strict=True)}
 
         recorded = self.immediate.draw(self.duration_s, service_time_s, rngs)
-        of_file = recorded["request_class"] == DEFERRED
-        immediate = recorded[~of_file]
+        of_file = recorded.rows["request_class"] == DEFERRED
+        which = np.flatnonzero(~of_file)
+        immediate = recorded.rows[which]
         tiers = self.slo_tiers or (Tier(1.0, slo.ttft_s, slo.tpot_s),)
         ends = np.cumsum([tier.share for tier in tiers])
         tier = np.searchsorted(ends / ends[-1], rngs["tiers"].random(len(immediate)), side="right")
@@ -483,13 +487,14 @@ class Scenario:
         immediate["window_s"] = np.array([tier.window_s for tier in tiers])[tier]
         self.predictor.fill(immediate, rngs["predictor"])
 
+        recorded.rows[which] = immediate
+
         if self.invents_deferred:
             deferred = self.deferred.draw(self.length_s(service_time_s), service_time_s, rngs)
-            deferred["request_class"] = DEFERRED
-        else:
-            deferred = recorded[of_file]
-        self.predictor.fill(deferred, rngs["deferred_predictor"])
-
-        rows = np.concatenate([immediate, deferred])
-        rows = rows[np.argsort(rows["arrival_s"], kind="stable")]
-        return Trace(rows, self.name, max(self.immediate.num_tenants, self.deferred.num_tenants))
+            deferred.rows["request_class"] = DEFERRED
+            self.predictor.fill(deferred.rows, rngs["deferred_predictor"])
+            return merge([replace(recorded, rows=take(recorded.rows, which)), deferred], self.name)
+        of_file_rows = recorded.rows[of_file]
+        self.predictor.fill(of_file_rows, rngs["deferred_predictor"])
+        recorded.rows[of_file] = of_file_rows
+        return replace(recorded, name=self.name, num_tenants=max(recorded.num_tenants, self.deferred.num_tenants))

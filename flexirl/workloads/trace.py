@@ -101,13 +101,14 @@ def empty_rows(count: int) -> np.ndarray:
 def take(rows: np.ndarray, chosen: NDArray[np.int64]) -> np.ndarray:
     """The rows with these numbers, in this order, as a copy; what follows one that is left out waits for none.
 
-    chosen: no number twice, and each request after the one it follows.
+    chosen: no number twice. A request that would stand above the one it follows waits for none, either.
     """
     place = np.full(len(rows), -1)
     place[chosen] = np.arange(len(chosen))
     taken = rows[chosen]
     before = place[chosen - taken["follows"]]
-    taken["follows"] = np.where((taken["follows"] > 0) & (before >= 0), np.arange(len(chosen)) - before, 0)
+    here = np.arange(len(chosen))
+    taken["follows"] = np.where((taken["follows"] > 0) & (before >= 0) & (before < here), here - before, 0)
     return taken
 
 

@@ -289,7 +289,10 @@ def test_drawing_an_episode_is_cheap():
         (["workload.load=much"], "workload.load='much' should be a number"),
         (["workload.warmup_s=700"], "workload.warmup_s=700.0"),
         (["workload.duration_s=0"], "workload.duration_s=0.0"),
-        (["workload.immediate.kind=steady"], "kind='steady' is unknown; choose from synthetic, trace, none"),
+        (
+            ["workload.immediate.kind=steady"],
+            "kind='steady' is unknown; choose from synthetic, sessions, several, trace, none",
+        ),
         (["workload.immediate.arrivals.kind=pareto"], "choose from poisson, gamma"),
         (["+workload.immediate.arrivals.burst=3"], "arrivals.burst is not a parameter here; choose from outer"),
         (["workload.immediate.arrivals.outer.distribution=cauchy"], "choose from uniform, poisson"),

@@ -16,6 +16,7 @@ from flexirl.runtime.scheduler.state import FINISHED, FUTURE, State, itl_bin_edg
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 PERCENTILES = (50, 90, 95, 99)
+_CACHED = ("admitted_prompt", "found_prompt")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def account(state: State, before: Snapshot, since_s: float, prices: Prices) -> d
     """The leaderboard's figures for the span from `since_s` to the state's clock.
 
     Revenue counts the requests that finished in the span with their promise kept. Latencies and attainment count the
-    immediate requests that arrived in it. Seconds, tokens, and price units per second; None where nothing is defined.
+    immediate requests that arrived in it. `cached` is the share of prompt tokens, of requests first admitted in the span,
+    that the prefix cache had. Seconds, tokens, and price units per second; None where nothing is defined.
     """
     end_s = float(state.scheduler["now_s"][0])
     span_s = end_s - since_s
@@ -96,6 +98,10 @@ def account(state: State, before: Snapshot, since_s: float, prices: Prices) -> d
             figures[f"{name}_p{p}_s"] = float(np.percentile(values, p)) if len(values) else None
     figures["itl_p99_s"] = histogram_percentile(state.itl_histogram - before.itl_histogram, 99)
     figures["e2e_p99_s"] = float(np.percentile(e2e_s, 99)) if len(e2e_s) else None
+    for name, c in (("immediate", IMMEDIATE), ("deferred", DEFERRED)):
+        admitted, found = (int(state.classes[column][c] - before.classes[column][c]) for column in _CACHED)
+        figures[f"{name}_cached"] = found / admitted if admitted else None
+    figures["evicted_blocks"] = int((state.classes["evicted_blocks"] - before.classes["evicted_blocks"]).sum())
     figures["preemptions"] = int((state.classes["preemptions"] - before.classes["preemptions"]).sum())
     figures["recomputed_tokens"] = int(total("recomputed_tokens"))
     figures["swapped_tokens"] = int(total("swapped_tokens"))

@@ -224,7 +224,8 @@ class Fleet:
 
     def _start_engine(self, m: int, trace: Trace, seed: int) -> None:
         """Puts the engine of member m at the start of a trace, and observes it."""
-        _start_member(self._states, self._traces, self._member, m, seed)
+        patience = self._task_of(int(self._episode[m // self.group_size]) % self.num_traces).slo.patience
+        _start_member(self._states, self._traces, self._member, m, seed, patience)
         self._observe(m)
 
     def _observe(self, m: int) -> None:
@@ -361,8 +362,8 @@ def _member_state(states: State, m: int) -> State:
 
 
 @compiled
-def _start_member(states, traces, members, m, seed):
-    surrogate.start(borrow(_member_state(states, m)), traces[m, : members[m].rows], seed)
+def _start_member(states, traces, members, m, seed, patience):
+    surrogate.start(borrow(_member_state(states, m)), traces[m, : members[m].rows], seed, patience)
 
 
 @compiled
@@ -411,13 +412,18 @@ def pay(state, members, views, reward, began_s, interval_s, m):
 def _reward(state, member, promise, reward, began_s, interval_s):
     immediate = state.classes[IMMEDIATE]
     deferred_value = reward.deferred_discount * _deferred_worth(state, reward)
-    lost_value = reward.prompt_price * immediate.lost_prompt + reward.output_price * immediate.lost_output
+    lost_value = reward.loss * (
+        reward.prompt_price * immediate.lost_prompt + reward.output_price * immediate.lost_output
+    ) + reward.lateness * (
+        reward.prompt_price * (immediate.forgone_prompt + reward.given_up * immediate.given_up_prompt)
+        + reward.output_price * (immediate.forgone_output + reward.given_up * immediate.given_up_output)
+    )
     gained, lost = deferred_value - member.deferred_value, lost_value - member.lost_value
     member.deferred_value = deferred_value
     member.lost_value = lost_value
     in_system = immediate.waiting + immediate.running
     waited = in_system * (state.scheduler[0].now_s - began_s) / promise.ttft_s
-    return (reward.deferred * gained - reward.loss * lost) / (reward.scale * interval_s) - reward.waiting * waited
+    return (reward.deferred * gained - lost) / (reward.scale * interval_s) - reward.waiting * waited
 
 
 @compiled

@@ -72,7 +72,7 @@ def load_rule(config: DictConfig) -> Policy:
 
 def load_slo(config: DictConfig) -> SLO:
     """The promise of group `slo`."""
-    return SLO(number(config.ttft_s, "slo.ttft_s"), number(config.tpot_s, "slo.tpot_s"))
+    return SLO(*(number(config[name], f"slo.{name}") for name in ("ttft_s", "tpot_s", "patience")))
 
 
 def load_prices(config: DictConfig) -> Prices:

@@ -35,6 +35,7 @@ from flexirl.runtime.scheduler.plan import apply, plan
 from flexirl.runtime.scheduler.queues import first_waiting, owed_tokens, push, remove
 from flexirl.runtime.scheduler.state import CANCELLED, EXPIRED, FINISHED, REJECTED, RUNNING, WAITING, State, new_states
 from flexirl.runtime.simulator import surrogate
+from flexirl.workloads.slo import PATIENCE
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE, TRACE_ROW, empty_rows
 
 AWAY = REJECTED  # neither waits here nor runs: loading from elsewhere, between two parts of a session, or overdue
@@ -84,7 +85,7 @@ class Mirror:
         seats = int(profile.values["max_running"])
         state = State(*(array[0] for array in new_states(1, profile, max_requests, tenants)))
         self.state = state._replace(nodes=state.nodes[:0])  # it is vLLM that knows what is cached
-        surrogate.start(self.state, empty_rows(0), 0)
+        surrogate.start(self.state, empty_rows(0), 0, PATIENCE)
         # No bound on a real iteration is certain, so a promise is broken when its time has passed and not before.
         self.state.scheduler["fastest_step_s"] = 0.0
         self.numbers = np.zeros(seats, np.int32)

@@ -40,8 +40,11 @@ class Arrays(NamedTuple):
     is_end: np.ndarray  # bool (vocabulary,): end-of-sequence tokens
 
 
-def new_arrays(executor: Executor, options: Options) -> Arrays:
-    """Arrays of an engine without requests; all that its first iterations call is compiled by then."""
+def new_arrays(executor: Executor, options: Options, patience: float) -> Arrays:
+    """Arrays of an engine without requests; all that its first iterations call is compiled by then.
+
+    patience: see `SLO`.
+    """
     profile = executor.profile
     max_model_len = int(profile.values["max_model_len"])
     longest = blocks_for(max_model_len, int(profile.values["block_size"]))
@@ -55,14 +58,14 @@ def new_arrays(executor: Executor, options: Options) -> Arrays:
     is_end = np.zeros(executor.vocab_size, np.bool_)
     is_end[list(executor.end_tokens)] = True
     arrays = Arrays(state, swaps, requests, flat, LiveState(state, swaps, requests, flat), is_end)
-    _start(arrays, options.seed)
+    _start(arrays, options.seed, patience)
     return arrays
 
 
-def _start(arrays: Arrays, seed: int) -> None:
+def _start(arrays: Arrays, seed: int, patience: float) -> None:
     state = arrays.state
     no_tokens = np.zeros(0, np.int64)
-    surrogate.start(state, empty_rows(0), seed)
+    surrogate.start(state, empty_rows(0), seed, patience)
     take_in(arrays.live, 0, empty_rows(1))
     cancel(state, 0)
     leave(state, 0)
@@ -71,6 +74,6 @@ def _start(arrays: Arrays, seed: int) -> None:
     finish(arrays.live, no_tokens, arrays.is_end, 0.0)
     abandon(state, 0.0)
     state.requests["status"] = FUTURE
-    surrogate.start(state, empty_rows(0), seed)
+    surrogate.start(state, empty_rows(0), seed, patience)
     # No bound on a real iteration is certain, so a promise is broken when its time has passed and not before.
     state.scheduler["fastest_step_s"] = 0.0

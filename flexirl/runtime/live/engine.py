@@ -43,7 +43,7 @@ class LiveEngine:
     """
 
     def __init__(self, executor: Executor, policy: Policy, slo: SLO, options: Options = DEFAULTS) -> None:
-        arrays = new_arrays(executor, options)
+        arrays = new_arrays(executor, options, slo.patience)
         self.state = arrays.state
         self._intake = Intake(executor, options)
         self._guard = Guard()

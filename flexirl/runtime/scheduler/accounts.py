@@ -12,7 +12,7 @@ import numpy as np
 
 from flexirl.errors import UserError
 from flexirl.runtime.scheduler.books import INPUT_SERVICE, OUTPUT_SERVICE
-from flexirl.runtime.scheduler.state import FINISHED, FUTURE, State, itl_bin_edges
+from flexirl.runtime.scheduler.state import FINISHED, FUTURE, REJECTED, State, itl_bin_edges
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 PERCENTILES = (50, 90, 95, 99)
@@ -21,14 +21,18 @@ _CACHED = ("admitted_prompt", "found_prompt")
 
 @dataclass(frozen=True)
 class Prices:
-    """Price units per token; a deferred request pays `deferred` times what an immediate one does."""
+    """Price units per token; a deferred request pays `deferred` times what an immediate one does.
+
+    given_up: an immediate request whose client gave up costs so many times what it would have paid.
+    """
 
     prompt: float = 1.0
     output: float = 4.0
     deferred: float = 0.5
+    given_up: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "output", "deferred"):
+        for name in ("prompt", "output", "deferred", "given_up"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise UserError(f"slo.prices.{name}={value} is out of range; a price is 0 or more.")
@@ -56,9 +60,10 @@ class Snapshot:
 def account(state: State, before: Snapshot, since_s: float, prices: Prices) -> dict[str, float | int | None]:
     """The leaderboard's figures for the span from `since_s` to the state's clock.
 
-    Revenue counts the requests that finished in the span with their promise kept. Latencies and attainment count the
-    immediate requests that arrived in it. `cached` is the share of prompt tokens, of requests first admitted in the span,
-    that the prefix cache had. Seconds, tokens, and price units per second; None where nothing is defined.
+    Revenue counts the requests that finished in the span with their promise kept; value those that finished in it, late
+    ones less, minus what it costs that clients gave up in it. Latencies and attainment count the immediate requests
+    that arrived in it; `cached` is the share of prompt tokens, of requests first admitted in it, that the cache had.
+    Seconds, tokens, and price units per second; None where nothing is defined.
     """
     end_s = float(state.scheduler["now_s"][0])
     span_s = end_s - since_s
@@ -83,9 +88,15 @@ def account(state: State, before: Snapshot, since_s: float, prices: Prices) -> d
 
     iterations, busy_s = total("iterations"), total("busy_s")
     ttft_s, tpot_s, e2e_s = latencies(immediate, end_s)
+    ended = requests[(requests["status"] == FINISHED) & (requests["finish_s"] >= since_s)]
+    patience = float(state.scheduler["patience"][0])
+    gave_up = requests[gave_up_in(requests, patience, since_s, end_s)]
+    value = float((prices.of(ended) * worth(ended, patience)).sum()) - prices.given_up * float(prices.of(gave_up).sum())
     figures: dict[str, float | int | None] = {
+        "value_per_s": value / span_s,
         "revenue_per_s": float(prices.of(paid).sum()) / span_s,
         "immediate_attainment": _share_kept(immediate, end_s),
+        "given_up": float(gave_up_in(immediate, patience, since_s, end_s).mean()) if len(immediate) else None,
         "immediate_goodput_tokens_per_s": float(goodput_tokens.sum()) / span_s,
         "prompt_tokens_per_s": tokens["prompt"] / span_s,
         "output_tokens_per_s": tokens["output"] / span_s,
@@ -111,6 +122,27 @@ def account(state: State, before: Snapshot, since_s: float, prices: Prices) -> d
     figures["jain_fairness"] = jain_fairness(requests, len(state.tenants))
     figures["simulated_s"] = span_s
     return figures
+
+
+def worth(requests: np.ndarray, patience: float) -> np.ndarray:
+    """The share of its value that each finished request had, float64: 1 in time, falling to 0 as of `SLO`."""
+    arrival_s = requests["arrival_s"]
+    share = np.ones(len(requests))
+    for due, had in (("ttft_deadline_s", "first_token_s"), ("deadline_s", "finish_s")):
+        promised_s = requests[due] - arrival_s
+        promised = np.isfinite(promised_s) & (requests["request_class"] == IMMEDIATE)
+        ratio = (requests[had] - arrival_s)[promised] / promised_s[promised]
+        share[promised] = np.minimum(share[promised], np.clip((patience - ratio) / (patience - 1), 0.0, 1.0))
+    late = (requests["request_class"] == DEFERRED) & (requests["missed"] == 1)
+    return np.where(late, 0.0, share)
+
+
+def gave_up_in(requests: np.ndarray, patience: float, since_s: float, end_s: float) -> np.ndarray:
+    """Whose patience ended in a span without a first token, bool; not those that ended otherwise before."""
+    ends_s = requests["arrival_s"] + patience * (requests["ttft_deadline_s"] - requests["arrival_s"])
+    waits = (requests["request_class"] == IMMEDIATE) & (requests["first_token_s"] > ends_s)
+    waits &= requests["status"] != REJECTED
+    return waits & (requests["finish_s"] >= ends_s) & (since_s <= ends_s) & (ends_s < end_s)
 
 
 def latencies(requests: np.ndarray, end_s: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

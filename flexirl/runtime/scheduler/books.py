@@ -96,6 +96,7 @@ def book_first_token(state: State, r: int, now_s: float) -> None:
     if request.request_class == IMMEDIATE:
         if now_s > request.ttft_deadline_s:
             _book_loss(state, r)
+            _forgo(state, r, _lateness(state, request, now_s, request.ttft_deadline_s))
         request.deadline_s = min(request.deadline_s, last_token_due_s(request, now_s))
 
 
@@ -115,6 +116,31 @@ def _book_loss(state: State, r: int) -> None:
         group.lost += 1
         group.lost_prompt += request.prompt_tokens
         group.lost_output += request.output_tokens
+
+
+@nb.njit(cache=True, inline="always")
+def patience_ends_s(state: State, request) -> float:
+    """When the client of an immediate request gives up if there is no first token."""
+    return request.arrival_s + state.scheduler[0].patience * (request.ttft_deadline_s - request.arrival_s)
+
+
+@compiled
+def _lateness(state: State, request, now_s: float, due_s: float) -> float:
+    """Share of its value that a request loses by having now what was due at `due_s`: see `SLO`."""
+    late = (now_s - due_s) / (due_s - request.arrival_s)
+    return min(late / (state.scheduler[0].patience - 1.0), 1.0)
+
+
+@compiled
+def _forgo(state: State, r: int, share: float) -> None:
+    """Books that request r has lost this share of its value, as far as it is not booked yet."""
+    request = state.requests[r]
+    more = np.float32(share) - request.forgone
+    if more > 0:
+        request.forgone = np.float32(share)
+        group = state.classes[request.request_class]
+        group.forgone_prompt += more * request.prompt_tokens
+        group.forgone_output += more * request.output_tokens
 
 
 @nb.njit(cache=True, inline="always")
@@ -140,13 +166,23 @@ def settle_running(state: State, r: int) -> bool:
 
 @compiled
 def settle_first_tokens(state: State) -> None:
-    """Books the loss of every request whose first token fell due unmade."""
+    """Books the loss of every request whose first token fell due unmade, and who has lost patience over it."""
     scheduler = state.scheduler[0]
     while scheduler.promised > 0 and state.promises[0].time_s < scheduler.now_s:
-        r = state.promises[0].request
-        if state.requests[r].first_token_s > state.requests[r].ttft_deadline_s:
-            _book_loss(state, r)
+        due_s, r = state.promises[0].time_s, state.promises[0].request
+        request = state.requests[r]
         scheduler.promised = pop_event(state.promises, scheduler.promised)
+        if request.first_token_s <= due_s or request.finish_s < np.inf:
+            continue
+        if due_s <= request.ttft_deadline_s:
+            _book_loss(state, r)
+            scheduler.promised = add_event(state.promises, scheduler.promised, patience_ends_s(state, request), r)
+        else:
+            _forgo(state, r, 1.0)
+            group = state.classes[IMMEDIATE]
+            group.given_up += 1
+            group.given_up_prompt += request.prompt_tokens
+            group.given_up_output += request.output_tokens
 
 
 @compiled
@@ -191,9 +227,12 @@ def book_end(state: State, r: int, now_s: float) -> None:
         group.finished_output_squares += request.generated * np.int64(request.generated)
         if now_s > request.deadline_s:
             _book_loss(state, r)
+            if request.request_class == IMMEDIATE:
+                _forgo(state, r, _lateness(state, request, now_s, request.deadline_s))
     else:
         group.ended_otherwise += 1
         _book_loss(state, r)
+        _forgo(state, r, 1.0)
     if request.missed == 1:
         group.void_prompt += request.furthest
         group.void_output += request.generated

@@ -14,6 +14,7 @@ from flexirl.runtime.scheduler.books import (
     itl_bin,
     last_token_due_s,
     overdue,
+    patience_ends_s,
     settle_first_tokens,
     settle_running,
     total_blocks,
@@ -93,8 +94,13 @@ def stop_after(state: State, r: int) -> None:
     """
     request = state.requests[r]
     group = state.classes[request.request_class]
+    shorter = request.generated + 1 - request.output_tokens
     if request.missed == 1:
-        group.lost_output += request.generated + 1 - request.output_tokens
+        group.lost_output += shorter
+    group.forgone_output += request.forgone * shorter
+    ends_s = patience_ends_s(state, request)
+    if request.request_class == IMMEDIATE and request.first_token_s > ends_s and state.scheduler[0].now_s > ends_s:
+        group.given_up_output += shorter
     request.output_tokens = request.generated + 1
     if request.request_class == IMMEDIATE and request.generated > 0:
         request.deadline_s = min(request.deadline_s, last_token_due_s(request, request.first_token_s))

@@ -62,6 +62,7 @@ def submit(state: State, r: int) -> None:
     request.preemptions = 0
     request.relegated = 0
     request.missed = 0
+    request.forgone = 0.0
     request.score = 1.0 if request.request_class == IMMEDIATE else 0.0
     request.first_token_s = np.inf
     request.last_token_s = np.inf

@@ -63,6 +63,7 @@ REQUEST = np.dtype(
         ("left", "i4"),
         ("right", "i4"),
         ("parent", "i4"),
+        ("forgone", "f4"),  # share of an immediate request's value that was lost by being late
         ("key", "f8"),
         ("score", "f8"),  # for the SCORE order; until a policy says otherwise, 1 if immediate and 0 if deferred
         ("finish_s", "f8"),
@@ -102,6 +103,11 @@ CLASS = np.dtype(  # one record per request class
         ("void_output", "i8"),
         ("kept", "i8"),
         ("lost", "i8"),
+        ("forgone_prompt", "f8"),  # tokens of immediate requests, times what lateness took of their value
+        ("forgone_output", "f8"),
+        ("given_up", "i8"),  # immediate requests whose first token did not come before their clients' patience ended
+        ("given_up_prompt", "i8"),
+        ("given_up_output", "i8"),
         ("admitted_prompt", "i8"),  # prompt tokens when first admitted, and how many of them the cache had
         ("found_prompt", "i8"),
         ("evicted_blocks", "i8"),  # from the prefix cache
@@ -115,6 +121,7 @@ SCHEDULER = np.dtype(
     [
         ("now_s", "f8"),
         ("rng", "u8"),
+        ("patience", "f8"),  # see `SLO`
         ("trace_next", "i8"),  # next row of the trace to arrive
         ("trace_length", "i8"),
         ("promised", "i8"),  # entries of `promises`

@@ -13,7 +13,7 @@ from flexirl.runtime.scheduler.accounts import Prices, Snapshot, account
 from flexirl.runtime.scheduler.looking import Lookout
 from flexirl.runtime.scheduler.state import State, new_states
 from flexirl.runtime.simulator import surrogate
-from flexirl.workloads.slo import SLO
+from flexirl.workloads.slo import PATIENCE, SLO
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE, Trace
 
 # One row per decision, or per TIMELINE_STEP_S where decisions are denser.
@@ -43,12 +43,12 @@ class Run:
     state: State
 
 
-def start(engine: EngineProfile, trace: Trace, seed: int) -> State:
-    """A surrogate engine at the start of a trace."""
+def start(engine: EngineProfile, trace: Trace, seed: int, patience: float = PATIENCE) -> State:
+    """A surrogate engine at the start of a trace; patience: see `SLO`."""
     states = new_states(1, engine, max(len(trace), 1), max(trace.num_tenants, 1), len(trace.contents))
     state = State(*(array[0] for array in states))
     state.contents[:] = trace.contents
-    surrogate.start(state, trace.rows, seed)
+    surrogate.start(state, trace.rows, seed, patience)
     return state
 
 
@@ -68,7 +68,7 @@ def simulate(
     interval_s: seconds between decisions, for policies that are not asked every iteration; seed: of the step noise.
     """
     began = time.perf_counter()
-    state = start(engine, trace, seed)
+    state = start(engine, trace, seed, slo.patience)
     lookout = Lookout(state, slo)
     view = lookout.view
     policy.reset(view)

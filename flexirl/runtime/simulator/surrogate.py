@@ -37,11 +37,11 @@ _NOISE_LIMIT = 3.0  # noise is cut at this many standard deviations, so that the
 
 
 @compiled
-def start(state: State, trace: np.ndarray, seed: int) -> None:
+def start(state: State, trace: np.ndarray, seed: int, patience: float) -> None:
     """Puts a new state, or one that another trace has left, at the start of a trace.
 
     trace: `TRACE_ROW` (N,), N at most the state's requests, whose contents stand in the state; seed: of the step-time
-    noise.
+    noise; patience: see `SLO`.
     """
     state = borrow(state)
     scheduler, engine = state.scheduler[0], state.engine[0]
@@ -49,6 +49,7 @@ def start(state: State, trace: np.ndarray, seed: int) -> None:
         state.requests[r].status = FUTURE
     _clear_records(state)
     scheduler.now_s = 0.0
+    scheduler.patience = patience
     scheduler.rng = (np.uint64(seed) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     scheduler.trace_next = 0
     scheduler.trace_length = len(trace)
@@ -118,6 +119,11 @@ def _clear_records(state: State) -> None:
         group.void_output = 0
         group.kept = 0
         group.lost = 0
+        group.forgone_prompt = 0.0
+        group.forgone_output = 0.0
+        group.given_up = 0
+        group.given_up_prompt = 0
+        group.given_up_output = 0
         group.admitted_prompt = 0
         group.found_prompt = 0
         group.evicted_blocks = 0

@@ -131,7 +131,7 @@ def test_blocks_are_exact_after_a_million_steps(caching: int) -> None:
     )  # fmt: skip
     longest = LONGEST // BLOCK_SIZE
     state = State(*(array[0] for array in new_states(1, engine, PLACES, 1, PLACES * longest, numbered=True)))
-    surrogate.start(state, empty_rows(0), 0)
+    surrogate.start(state, empty_rows(0), 0, 4.0)
     swaps, arrays = new_swaps(PLACES, len(state.running)), new_request_arrays(PLACES, LONGEST, longest)
     live = LiveState(state, swaps, arrays, new_flat_batch(engine, longest))
     content, on_host = np.full(BLOCKS * BLOCK_SIZE, -1), np.full((PLACES, LONGEST), -1)

@@ -19,7 +19,7 @@ def test_losses_are_booked_when_they_happen() -> None:
     """Requests with any promise come, leave and give their places to others; none of them ever runs."""
     engine = toy_engine(max_model_len=32, kv_blocks=64)
     state = State(*(array[0] for array in new_states(1, engine, PLACES, 1)))
-    surrogate.start(state, empty_rows(0), 0)
+    surrogate.start(state, empty_rows(0), 0, 4.0)
     rng = np.random.default_rng(2)
     due_s: dict[int, float] = {}  # of the requests that are there
     broken = 0
@@ -50,7 +50,7 @@ def test_losses_are_booked_when_they_happen() -> None:
 
 def test_only_immediate_requests_with_a_promise_are_listed() -> None:
     state = State(*(array[0] for array in new_states(1, toy_engine(), 3, 1)))
-    surrogate.start(state, empty_rows(0), 0)
+    surrogate.start(state, empty_rows(0), 0, 4.0)
     rows = empty_rows(3)
     rows["ttft_slo_s"] = [np.inf, 1.0, 1.0]
     rows["request_class"] = [IMMEDIATE, DEFERRED, IMMEDIATE]

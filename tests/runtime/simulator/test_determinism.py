@@ -72,7 +72,7 @@ def test_members_do_not_interact() -> None:
     members = [State(*(array[m] for array in states)) for m in range(3)]
     alone = [ToyRun(NOISY, trace, seed=m, discipline=m) for m, trace in enumerate(traces)]
     for m, (member, trace) in enumerate(zip(members, traces, strict=True)):
-        surrogate.start(member, trace.rows, m)
+        surrogate.start(member, trace.rows, m, 4.0)
         member.decision[0] = decision_with(discipline=m)
     for until_s in np.arange(0.5, 5.0, 0.5).tolist():
         for member, trace in zip(members, traces, strict=True):
@@ -88,7 +88,7 @@ def test_a_state_can_be_started_again() -> None:
     first, second = heavy_trace(7), heavy_trace(8)
     used = ToyRun(NOISY, first, seed=3)
     used.advance(3.0)
-    surrogate.start(used.state, second.rows, 5)
+    surrogate.start(used.state, second.rows, 5, 4.0)
     fresh = ToyRun(NOISY, second, seed=5)
     for run in (used, fresh):
         surrogate.advance(run.state, second.rows, 200.0, 0)

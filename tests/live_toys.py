@@ -138,7 +138,7 @@ def random_decision(rng: np.random.Generator, tokens: int) -> np.ndarray:
         "victim": 5,
     }.items():
         decision[name] = rng.integers(count)
-    for name in ("decodes_first", "preempt_for_immediate"):
+    for name in ("decodes_first", "preempt_for_immediate", "relegated_last"):
         decision[name] = rng.integers(2)
     decision["preemption"] = rng.integers(3)
     decision["token_budget"] = rng.choice([1, 2, 5, tokens])

@@ -10,6 +10,7 @@ that is served. What makes it a bound, not an estimate:
 - Requests owe what no schedule saves them: prompt tokens not cached from elsewhere, attention of the prompt (the same
   however it is chunked), one decode per further token with its context.
 - Work lies between arrival and the last moment at which the promise is still kept, windows rounded outwards to bins.
+  A request that waits for another's answer may come as soon as if that took no time, and as late as one likes.
 - What was computed before the warm-up ended and is of use after it lies in the caches at that moment, or is computed
   again: tokens once generated are kept, their keys and values are not.
 - An iteration holds at most its token budget, seats and cache. A request gets one token an iteration.
@@ -112,9 +113,9 @@ class _Work:
             + engine["per_image_token_s"] * encoded
             + engine["per_sequence_s"]
         )
-        arrival_s = rows["arrival_s"]
-        due_s = arrival_s + rows["window_s"]
-        first_due_s = np.minimum(due_s, arrival_s + rows["ttft_slo_s"])
+        arrival_s, latest_s = _arrivals(rows)
+        due_s = latest_s + rows["window_s"]
+        first_due_s = np.minimum(due_s, latest_s + rows["ttft_slo_s"])
         paced_s = np.where(decodes > 0, rows["tpot_slo_s"], 0.0) * np.maximum(decodes, 1.0) * (1 + SLACK)
         due_s = np.minimum(due_s, np.where(rows["request_class"] == IMMEDIATE, first_due_s + paced_s, np.inf))
         # Run alone, in as few and as cheap iterations as it can be.
@@ -132,6 +133,15 @@ class _Work:
         able = fits(engine, rows) & in_time & (due_s >= warmup_s)
         columns = (prices.of(rows), prompt - cached, prompt_s, decodes, context)
         return cls((arrival_s[able], first_due_s[able], due_s[able]), *(column[able] for column in columns))
+
+
+def _arrivals(rows: np.ndarray) -> tuple[Floats, Floats]:
+    """When each request comes at the earliest and at the latest."""
+    earliest_s, latest_s = rows["arrival_s"].copy(), rows["arrival_s"].copy()
+    for r in np.flatnonzero(rows["follows"]).tolist():  # those they wait for stand above
+        earliest_s[r] = earliest_s[r - rows["follows"][r]] + rows["delay_s"][r]
+        latest_s[r] = np.inf
+    return earliest_s, latest_s
 
 
 class _Programme:

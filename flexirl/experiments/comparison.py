@@ -135,7 +135,7 @@ def row_of(policy: Policy, task: Task, trace: Trace, seed: int, run: Run) -> Row
 def run_policy(policy: Policy, task: Task, trace: Trace, seed: int, runner: Runner = on_surrogate) -> Run:
     """One run; the anchor `deferred_only` runs on the trace without its immediate requests."""
     if policy.name == "deferred_only":
-        trace = Trace(trace.of_class(DEFERRED), trace.name, trace.num_tenants)
+        trace = trace.only(DEFERRED)
     return runner(policy, task, trace, seed)
 
 
@@ -209,11 +209,14 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
 
 COLUMNS = (
     ("policy", "policy", "{}"),
+    ("value/s", "value_per_s", "{:,.0f}"),
     ("revenue/s", "revenue_per_s", "{:,.0f}"),
     ("attainment", "immediate_attainment", "{:.3f}"),
+    ("given up", "given_up", "{:.3f}"),
+    ("TTFT p99 s", "ttft_p99_s", "{:.2f}"),
     ("deferred tok/s", "deferred_tokens_per_s", "{:,.0f}"),
     ("on time", "deferred_on_time", "{:.3f}"),
-    ("TTFT p99 s", "ttft_p99_s", "{:.2f}"),
+    ("cached", "immediate_cached", "{:.3f}"),
     ("TPOT p99 s", "tpot_p99_s", "{:.4f}"),
     ("preempt.", "preemptions", "{:,.0f}"),
     ("KV use", "kv_utilisation", "{:.2f}"),

@@ -64,7 +64,12 @@ class Trace:
 
     def of_class(self, request_class: int) -> np.ndarray:
         """The rows of one class, as a copy."""
-        return self.rows[self.rows["request_class"] == request_class]
+        return self.only(request_class).rows
+
+    def only(self, request_class: int) -> Trace:
+        """The requests of one class; those that follow one of the other wait for none."""
+        mine = np.flatnonzero(self.rows["request_class"] == request_class)
+        return Trace(take(self.rows, mine), self.name, self.num_tenants, contents=self.contents)
 
     def within(self, longest: int) -> Trace:
         """The same requests of clients that ask for no more tokens than a sequence of this length has left for them.

@@ -70,7 +70,7 @@ class QoServe(Heuristic):
         self._memory[()] = (-np.inf, 0)
         decision["token_budget"] = self.max_chunk_tokens
         decision["immediate_order"] = DEADLINE
-        decision["relegate"] = 1
+        decision["relegate"] = decision["relegated_last"] = 1
         # Each iteration is sized by the slack at its start; deferred decodes run all the same.
         decision["immediate_slack"] = self.slack_used
         decision["deferred_slack"] = self.slack_used

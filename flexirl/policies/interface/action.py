@@ -79,6 +79,7 @@ def set_dials(decision, dials: np.ndarray, tpot_s: float, immediate_order: int, 
     decision.deferred_order = deferred_order
     decision.victim = NEWEST
     decision.preemption = CHEAPER
+    decision.relegated_last = 0
     decision.preempt_for_immediate = 1
     decision.token_budget = np.iinfo(np.int32).max
     decision.deferred_token_floor = 0

@@ -41,7 +41,7 @@ def admit_waiting(state: State, immediate: bool, deferred: bool) -> None:
 
 @compiled
 def next_to_admit(state: State, immediate: bool, deferred: bool) -> int:
-    """The request to admit next, or NONE. Relegated immediate requests come after deferred ones."""
+    """The request to admit next, or NONE. Relegated immediate requests are work that may wait, ahead of deferred ones."""
     if state.decision[0].discipline == ONE_QUEUE:
         return merged_head(state)
     first = head(state, IMMEDIATE)
@@ -51,7 +51,9 @@ def next_to_admit(state: State, immediate: bool, deferred: bool) -> int:
     if not deferred:
         return NONE
     second = head(state, DEFERRED)
-    return second if second != NONE or urgent else first
+    if urgent:
+        return second
+    return first if second == NONE or (first != NONE and state.decision[0].relegated_last == 0) else second
 
 
 @compiled

@@ -425,7 +425,9 @@ class Reference:
             urgent = first is not None and not first.relegated
             if urgent and immediate:
                 return first
-            return (second or (None if urgent else first)) if deferred else None
+            if not deferred or urgent:
+                return second if deferred else None
+            return first if second is None or (first and not self.decision["relegated_last"]) else second
         both = [request for request in heads if request is not None]
         fair = self.orders[IMMEDIATE][0] == FAIR
         return min(both, key=lambda r: (self.service[r.tenant] if fair else 0, self.key(r)), default=None)

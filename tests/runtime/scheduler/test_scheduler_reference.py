@@ -120,6 +120,7 @@ def decisions(draw: st.DrawFn, preempt: bool = True) -> dict[str, float]:
         "victim": draw(st.integers(0, 4)),
         "preemption": draw(st.integers(0, 2)),
         "preempt_for_immediate": draw(st.integers(0, 1)),
+        "relegated_last": draw(st.integers(0, 1)),
         "relegate": draw(st.sampled_from((0.0, 0.0, 1.0, 2.5))),
         "token_budget": draw(st.sampled_from((1, 5, 1000))),
         "preempt_count": draw(st.sampled_from((0, 0, 0, 1, 2))) if preempt else 0,

@@ -13,7 +13,7 @@ from flexirl.policies.interface.action import GRID
 from flexirl.runtime.profile.engine import EngineProfile, load_profile
 from flexirl.workloads.scenario import Rngs, Scenario, ServiceTime
 from flexirl.workloads.slo import SLO
-from flexirl.workloads.trace import empty_rows
+from flexirl.workloads.trace import Trace, empty_rows
 
 REVENUE = Reward("revenue", "revenue", deferred=1.0, loss=1.0, waiting=0.0)
 LATENCY = Reward("latency", "requests in the system", deferred=0.0, loss=0.0, waiting=1.0)
@@ -39,7 +39,7 @@ class Requests:
         assert duration_s is not None
         return duration_s
 
-    def draw(self, duration_s: float | None, service_time_s: ServiceTime, rngs: Rngs) -> np.ndarray:
+    def draw(self, duration_s: float | None, service_time_s: ServiceTime, rngs: Rngs) -> Trace:
         """Rows sorted by arrival."""
         rng = np.random.default_rng(3) if self.always_the_same else rngs["arrivals"]
         rows = empty_rows(int(rngs["tenants"].integers(self.least, self.most + 1)))
@@ -50,7 +50,7 @@ class Requests:
         rows["predicted_output_tokens"] = rows["output_tokens"] * (rng.random(len(rows)) < 0.5) * self.predicted
         rows["window_s"] = self.window_s
         rows["tenant"] = rng.integers(0, self.num_tenants, len(rows))
-        return rows
+        return Trace(rows, "requests", self.num_tenants)
 
 
 def small_engine(**changes: float) -> EngineProfile:

@@ -16,7 +16,7 @@ from flexirl.workloads.scenario import Recorded
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 BASELINE = "vllm_priority"
-SAME = 0.005  # of the revenue: less between the best and the worst is no difference to speak of
+SAME = 0.005  # of the value: less between the best and the worst is no difference to speak of
 
 
 def workload_in_words(task: Task) -> list[str]:
@@ -56,9 +56,9 @@ class Lead(NamedTuple):
 
 
 def lead(rows: Sequence[Row], policy: str, other: str) -> Lead:
-    """The difference in revenue per second, seed by seed, by Student's t; no interval for a single seed."""
-    revenue = {(row["policy"], row["seed"]): row["revenue_per_s"] for row in rows}
-    differences = [value - revenue[other, seed] for (name, seed), value in revenue.items() if name == policy]
+    """The difference in value per second, seed by seed, by Student's t; no interval for a single seed."""
+    values = {(row["policy"], row["seed"]): row["value_per_s"] for row in rows}
+    differences = [value - values[other, seed] for (name, seed), value in values.items() if name == policy]
     if len(differences) < 2:
         return Lead(float(np.mean(differences)), None)
     from scipy.stats import t  # takes a second to import
@@ -77,9 +77,9 @@ def answer_in_words(rows: Sequence[Row], files: Mapping[str, Path]) -> list[str]
         return []
     best = ranked[0]
     name = str(best["policy"])
-    if best["revenue_per_s"] <= 0:
+    if best["value_per_s"] <= 0:
         return ["None of them earns anything: no request was served as promised."]
-    if best["revenue_per_s"] - ranked[-1]["revenue_per_s"] < SAME * abs(best["revenue_per_s"]):
+    if best["value_per_s"] - ranked[-1]["value_per_s"] < SAME * abs(best["value_per_s"]):
         return [f"All of them earn the same within {SAME:.1%}: where an engine has room for all, no policy matters."]
     said = [f"{name} earns most."]
     rules = [str(row["policy"]) for row in ranked if row["policy"] in rule_names()]
@@ -97,12 +97,12 @@ def answer_in_words(rows: Sequence[Row], files: Mapping[str, Path]) -> list[str]
 
 def _compared(rows: Sequence[Row], name: str, other: str, title: str) -> str:
     found = lead(rows, name, other)
-    base = float(np.mean([row["revenue_per_s"] for row in rows if row["policy"] == other])) or 1.0
+    base = float(np.mean([row["value_per_s"] for row in rows if row["policy"] == other])) or 1.0
     share = f"{found.mean / base:+.1%}"
     if found.half_width is None:
-        return f"Against {title} {share} of revenue, on a single run: seeds=5 would tell how sure that is."
+        return f"Against {title} {share} of value, on a single run: seeds=5 would tell how sure that is."
     sure = "" if abs(found.mean) > found.half_width else ": no difference that so few runs show"
-    return f"Against {title} {share} of revenue (95% interval {share} +- {found.half_width / base:.1%}){sure}."
+    return f"Against {title} {share} of value (95% interval {share} +- {found.half_width / base:.1%}){sure}."
 
 
 def _cost(ranked: Sequence[Row], best: Row) -> list[str]:

@@ -194,7 +194,7 @@ def _mean(values: Sequence[float | int | None]) -> float | None:
 
 
 def summarise(rows: Sequence[Row]) -> list[Row]:
-    """One row per policy, the mean of each figure over seeds, best revenue first; `revenue_std` over seeds beside."""
+    """One row per policy, the mean of each figure over seeds, most value first; `revenue_std` over seeds beside."""
     summary: list[Row] = []
     for policy in dict.fromkeys(row["policy"] for row in rows):
         mine = [row for row in rows if row["policy"] == policy]
@@ -204,7 +204,7 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
                 merged[name] = value if isinstance(value, str) else _mean([row[name] for row in mine])
         merged["revenue_std"] = float(np.std([row["revenue_per_s"] for row in mine]))
         summary.append(merged)
-    return sorted(summary, key=lambda row: -row["revenue_per_s"])
+    return sorted(summary, key=lambda row: -row["value_per_s"])
 
 
 COLUMNS = (

@@ -15,7 +15,7 @@ from flexirl.experiments.configuration import CONF, load_task
 
 COUNTS = {
     "bursts": 3 * 5, "deadlines": 2 * 3, "distributions": (5 * 5 + 4) * 5, "overload": 4 + 4, "quick": 7 * 2,
-    "predictor": 4 * 4, "shift": 9 * 2, "tenants": 3 * 3, "tiers": 5, "vlm": 3 * 3,
+    "memory": 7, "predictor": 4 * 4, "shift": 9 * 2, "tenants": 3 * 3, "tiers": 5, "vlm": 3 * 3,
 }  # fmt: skip
 
 

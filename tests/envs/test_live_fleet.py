@@ -29,6 +29,7 @@ from flexirl.runtime.profile.engine import EngineProfile
 from flexirl.runtime.profile.step_time import step_time
 from flexirl.workloads.scenario import Rngs, Scenario, ServiceTime
 from flexirl.workloads.slo import SLO
+from flexirl.workloads.trace import Trace
 
 INTERVAL_S = 0.25
 ENGINE = toy_engine(
@@ -41,11 +42,11 @@ ENGINE = toy_engine(
 class OnTheTick(Requests):
     """Requests whose times are multiples of a power of two, so that clocks computed in different ways agree."""
 
-    def draw(self, duration_s: float | None, service_time_s: ServiceTime, rngs: Rngs) -> np.ndarray:
+    def draw(self, duration_s: float | None, service_time_s: ServiceTime, rngs: Rngs) -> Trace:
         """See `Requests`."""
-        rows = super().draw(duration_s, service_time_s, rngs)
-        rows["arrival_s"] = np.floor(rows["arrival_s"] / TICK_S) * TICK_S
-        return rows
+        trace = super().draw(duration_s, service_time_s, rngs)
+        trace.rows["arrival_s"] = np.floor(trace.rows["arrival_s"] / TICK_S) * TICK_S
+        return trace
 
 
 def task(action: str = "dials", engine: EngineProfile = ENGINE) -> Task:

@@ -21,7 +21,7 @@ def rows_of(**revenues: list[float]) -> list[dict[str, Any]]:
         "tpot_p99_s": 0.05, "preemptions": 0, "kv_utilisation": 0.5, "workload": "mine",
     }  # fmt: skip
     return [
-        {"policy": name, "seed": seed, "revenue_per_s": value, **figures}
+        {"policy": name, "seed": seed, "revenue_per_s": value, "value_per_s": value, **figures}
         for name, values in revenues.items()
         for seed, value in enumerate(values)
     ]
@@ -41,8 +41,8 @@ def test_who_earns_most_by_how_much_and_how_to_run_it() -> None:
     rows = rows_of(vllm_priority=[100, 100], qoserve=[110, 110], mine=[120, 122], immediate_only=[500, 500])
     said = answer_in_words(rows, {"mine": Path("out dir/mine.onnx")})
     assert said[0] == "mine earns most."
-    assert said[1].startswith("Against vllm_priority +21.0% of revenue (95% interval +21.0% +- 12.7%).")
-    assert said[2].startswith("Against the best rule, qoserve, +10.0% of revenue")
+    assert said[1].startswith("Against vllm_priority +21.0% of value (95% interval +21.0% +- 12.7%).")
+    assert said[2].startswith("Against the best rule, qoserve, +10.0% of value")
     assert said[-1].endswith("prompts=FILE.jsonl 'policy=out dir/mine.onnx'")
 
 

@@ -15,7 +15,14 @@ from flexirl.experiments.plots import plot_fidelity
 def rows(**revenue: float) -> list[dict[str, Any]]:
     """A row per policy, all of whose figures are 10 but for revenue, and preemptions, which are 0."""
     return [
-        {"policy": policy, "seed": 0, **dict.fromkeys(FIGURES, 10.0), "preemptions": 0, "revenue_per_s": value}
+        {
+            "policy": policy,
+            "seed": 0,
+            **dict.fromkeys(FIGURES, 10.0),
+            "preemptions": 0,
+            "revenue_per_s": value,
+            "value_per_s": value,
+        }
         for policy, value in revenue.items()
     ]
 

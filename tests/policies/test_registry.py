@@ -15,7 +15,7 @@ from flexirl.policies.rules import load_rule_spec, rule_names
 def test_all_policies_are_there() -> None:
     assert set(rule_names()) == {
         "vllm_fcfs", "vllm_priority", "sarathi", "no_evict", "sglang", "hygen", "conserve", "qoserve", "edf", "laxity",
-        "vtc", "fixed_dials", "immediate_only", "deferred_only",
+        "vtc", "fixed_dials", "immediate_only", "deferred_only", "least_computed", "keep_cache",
     }  # fmt: skip
 
 

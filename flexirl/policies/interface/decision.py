@@ -36,8 +36,8 @@ DECISION = np.dtype(
         ("token_budget", "i4"),  # tokens per iteration, at most the engine's
         ("preempt_count", "i4"),  # deferred requests to preempt now; above 0, none is admitted until the next decision
         ("deferred_token_floor", "i4"),  # tokens per iteration that deferred work gets whatever its step target
-        # Immediate requests go behind the others of their class if this many times their prefill, run alone, would make their first
-        # token late; 1 is those that cannot be saved, more gives up earlier, 0 never.
+        # Immediate requests go behind the others of their class if this many times their prefill, run alone, would make
+        # their first token late; 1 is those that cannot be saved, more gives up earlier, 0 never.
         ("relegate", "f8"),
         ("immediate_step_s", "f8"),  # prefill chunks of immediate requests keep the predicted step below this
         ("deferred_step_s", "f8"),  # deferred tokens join while the predicted step stays below this

@@ -41,7 +41,7 @@ def admit_waiting(state: State, immediate: bool, deferred: bool) -> None:
 
 @compiled
 def next_to_admit(state: State, immediate: bool, deferred: bool) -> int:
-    """The request to admit next, or NONE. Relegated immediate requests are work that may wait, ahead of deferred ones."""
+    """The request to admit next, or NONE. Relegated immediate requests may wait, but come ahead of deferred ones."""
     if state.decision[0].discipline == ONE_QUEUE:
         return merged_head(state)
     first = head(state, IMMEDIATE)

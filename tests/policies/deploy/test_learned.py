@@ -78,7 +78,7 @@ def test_decides_as_the_agent_in_its_environment(kind: str, exported: dict[str, 
     agent = decisive_agent(AGENTS[kind], exported[kind].parent, kind)
     fleet = Fleet(task, 1)
     observations = fleet.reset(0)
-    trace = fleet._trace(0)[0]
+    trace = fleet._trace(0)
     clocks = [0.0]
     for _ in range(20):
         observations, _, _ = fleet.step(agent.predict(observations, deterministic=True)[0])

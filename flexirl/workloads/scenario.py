@@ -258,7 +258,7 @@ class Recorded:
         # Rounding of the bounds may leave an arrival a hair outside.
         offset_s = self._since_first_s[first:end] * factor - start_s
         rows["arrival_s"] = np.clip(offset_s, 0.0, np.nextafter(duration_s, 0.0))
-        return replace(self.trace, rows=rows)
+        return replace(self.trace, rows=rows).trimmed()
 
 
 @dataclass(frozen=True)

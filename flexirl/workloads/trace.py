@@ -82,6 +82,17 @@ class Trace:
             rows[column] = np.minimum(rows[column], room)
         return Trace(rows, self.name, self.num_tenants, self.rows, self.contents)
 
+    def trimmed(self) -> Trace:
+        """The same requests, without contents that lie before or behind all of theirs."""
+        saying = self.rows["content_count"] > 0
+        rows = self.rows.copy()
+        first, behind = 0, 0
+        if saying.any():
+            first = int(rows["content_first"][saying].min())
+            behind = int((rows["content_first"] + rows["content_count"])[saying].max())
+        rows["content_first"] = np.where(saying, rows["content_first"] - first, 0)
+        return Trace(rows, self.name, self.num_tenants, self.asked, self.contents[first:behind])
+
     def as_asked(self) -> Trace:
         """The requests before `within` cut them."""
         return self if self.asked is None else Trace(self.asked, self.name, self.num_tenants, None, self.contents)

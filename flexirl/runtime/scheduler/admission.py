@@ -130,11 +130,12 @@ def shut_out(state: State, r: int) -> bool:
     """True if waiting request r, which may wait, lacks leave, a seat or memory to join, whatever the step target."""
     scheduler, decision, engine = state.scheduler[0], state.decision[0], state.engine[0]
     used = engine.kv_blocks - scheduler.free_blocks
-    if decision.deferred_kv_share < 1 and used >= decision.deferred_kv_share * engine.kv_blocks:
-        return True
-    if decision.preempt_count > 0 or not _has_room(state, r):
-        return True
-    return decision.immediate_cache_share > 0 and _spoils(state, r)
+    if state.requests[r].request_class == DEFERRED:
+        if decision.deferred_kv_share < 1 and used >= decision.deferred_kv_share * engine.kv_blocks:
+            return True
+        if decision.preempt_count > 0 or (decision.immediate_cache_share > 0 and _spoils(state, r)):
+            return True
+    return not _has_room(state, r)
 
 
 @compiled

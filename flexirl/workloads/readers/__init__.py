@@ -18,7 +18,7 @@ from flexirl.errors import UserError
 from flexirl.workloads.readers import agentic, azure, bailian, burstgpt, mooncake, servegen, vidur
 from flexirl.workloads.readers import log as service_log
 from flexirl.workloads.readers.formats import Column, Format, sample_of
-from flexirl.workloads.trace import Trace, check
+from flexirl.workloads.trace import Trace, check, take
 
 FORMATS: dict[str, Format] = {
     module.FORMAT.name: module.FORMAT
@@ -50,12 +50,13 @@ def read_trace(
     Raises UserError, in one sentence naming the place, for a missing, empty, truncated or malformed file.
     """
     path, chosen = _chosen(path, "log" if columns else format)
-    rows, _ = service_log.read_log(path, columns) if columns else chosen.read(path, seed)
+    table = service_log.read_log(path, columns) if columns else chosen.read(path, seed)
+    rows = table.rows
     if np.isnan(rows["arrival_s"]).any():
         raise UserError(f"{path} has lengths but no arrival times; use it as a length model (kind: empirical) instead.")
-    rows = rows[np.argsort(rows["arrival_s"], kind="stable")]
+    rows = take(rows, np.argsort(rows["arrival_s"], kind="stable"))
     check(rows, str(path))
-    return Trace(rows, path.name, int(rows["tenant"].max()) + 1)
+    return Trace(rows, path.name, int(rows["tenant"].max()) + 1, contents=table.contents)
 
 
 def read_lengths(path: str | Path, format: str | None = None) -> tuple[np.ndarray, Column | None]:
@@ -64,7 +65,7 @@ def read_lengths(path: str | Path, format: str | None = None) -> tuple[np.ndarra
     Arrival times are NaN where the file has none. Raises UserError as `read_trace` does.
     """
     path, chosen = _chosen(path, format)
-    rows, weights = chosen.read(path, 0)
+    rows, weights, _ = chosen.read(path, 0)
     if weights is not None and not (np.isfinite(weights).all() and weights.min() >= 0 and weights.sum() > 0):
         raise UserError(f"{path} has a column prob with a negative or missing weight; weights are 0 or more.")
     return rows, weights

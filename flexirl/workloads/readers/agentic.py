@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from flexirl.errors import UserError
-from flexirl.workloads.readers.blocks import Blocks, hashes_of, prefix_tokens
+from flexirl.workloads.readers.blocks import Blocks, describe, hashes_of, prefix_tokens
 from flexirl.workloads.readers.formats import Format, Sample, Table
 from flexirl.workloads.readers.rows import rows_of
 from flexirl.workloads.readers.text import json_of, numbers_of
@@ -24,18 +24,22 @@ def _recognises(sample: Sample) -> bool:
 
 def _read(path: Path, seed: int) -> Table:
     """Sessions overlap: each starts at a random time within the span of the longest, since none is recorded."""
-    sessions = [_session(file) for file in (sorted(path.glob("*.json*")) if path.is_dir() else [path])]
+    read = [_session(file) for file in (sorted(path.glob("*.json*")) if path.is_dir() else [path])]
+    sessions = [rows for rows, _ in read]
     span = max(float(session["arrival_s"].max()) for session in sessions)
     rng = np.random.default_rng(seed)
     for session in sessions if len(sessions) > 1 else []:
         session["arrival_s"] += rng.random() * span
+    for number, (rows, contents) in enumerate(read):  # hashes are the same only within a session
+        rows["content_first"] += sum(len(before) for _, before in read[:number])
+        contents["origin"] += np.uint64(number << 32)
     rows = np.concatenate(sessions)
     rows["max_tokens"] = rows["max_tokens"].max()
-    return rows, None
+    return Table(rows, contents=np.concatenate([contents for _, contents in read]))
 
 
-def _session(path: Path) -> np.ndarray:
-    """One session's requests, times from its start; a subagent's times count from the subagent's start."""
+def _session(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """One session's requests and what they say, times from its start; a subagent's count from the subagent's start."""
     session = json_of(path)
     columns: list[tuple[float, ...]] = []
     blocks: list[Blocks] = []
@@ -61,7 +65,8 @@ def _session(path: Path) -> np.ndarray:
     arrival_s, prompt, output = np.array(columns).T
     places = [f"request {i + 1}" for i in range(len(columns))]
     prefix = prefix_tokens(path, places, blocks, prompt, arrival_s, block_size)
-    return rows_of(path, arrival_s, prompt, output, prefix_tokens=prefix)
+    rows = rows_of(path, arrival_s, prompt, output, prefix_tokens=prefix)
+    return rows, describe(rows, blocks, block_size)
 
 
 FORMAT = Format("agentic", _recognises, _read)

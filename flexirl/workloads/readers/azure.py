@@ -40,7 +40,7 @@ def _read(path: Path, seed: int) -> Table:
                 "%s does not say how many tokens its images have: each of those in %.1f%% of its requests is read as "
                 "%d of their context tokens", path, 100 * with_images.mean(), IMAGE_TOKENS,
             )  # fmt: skip
-    return rows_of(path, arrival_s, prompt, output, **images), None
+    return Table(rows_of(path, arrival_s, prompt, output, **images))
 
 
 def _instants(path: Path, stamps: list[tuple[int, str]]) -> NDArray[np.datetime64]:

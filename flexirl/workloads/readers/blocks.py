@@ -12,6 +12,7 @@ from flexirl.errors import UserError
 from flexirl.workloads.readers.formats import Column, Table
 from flexirl.workloads.readers.rows import rows_of
 from flexirl.workloads.readers.text import json_lines, numbers_of
+from flexirl.workloads.trace import CONTENT
 
 Hash = int | str
 Blocks = list[Hash]
@@ -61,6 +62,32 @@ def prefix_tokens(
     return np.minimum(found, prompt)
 
 
+def describe(rows: np.ndarray, blocks: Sequence[Blocks], block_size: int) -> np.ndarray:
+    """Sets what the prompts of `rows` say; array of `CONTENT`.
+
+    Blocks that all who have the first of them have, too, are one stretch.
+    """
+    numbers: dict[tuple[int, Hash], int] = {}  # of a block, by the one before it and its hash
+    paths: list[list[int]] = []
+    for hashes in blocks:
+        path = [0]
+        for block in hashes:
+            path.append(numbers.setdefault((path[-1], block), len(numbers) + 1))
+        paths.append(path[1:])
+    children = np.zeros(len(numbers) + 1, np.int64)
+    np.add.at(children, [before for before, _ in numbers], 1)
+    goes_on = children == 1
+    goes_on[[path[-1] for path in paths if path]] = False
+    contents: list[tuple[int, int]] = []
+    for row, path in zip(rows, paths, strict=True):
+        row["content_first"] = len(contents)
+        for index, number in enumerate(path):
+            if not goes_on[number]:
+                contents.append((number, min((index + 1) * block_size, int(row["prompt_tokens"]))))
+        row["content_count"] = len(contents) - row["content_first"]
+    return np.array(contents, CONTENT)
+
+
 def read_hashed_lines(path: Path, tick_s: float, block_size: int) -> Table:
     """A JSONL file of timestamp (ticks), input_length, output_length and hash_ids, which may be missing."""
     columns: list[tuple[float, ...]] = []
@@ -73,4 +100,5 @@ def read_hashed_lines(path: Path, tick_s: float, block_size: int) -> Table:
     ticks, prompt, output = np.array(columns).T
     arrival_s = ticks * tick_s
     prefix = prefix_tokens(path, places, blocks, prompt, arrival_s, block_size)
-    return rows_of(path, arrival_s, prompt, output, prefix_tokens=prefix), None
+    rows = rows_of(path, arrival_s, prompt, output, prefix_tokens=prefix)
+    return Table(rows, contents=describe(rows, blocks, block_size))

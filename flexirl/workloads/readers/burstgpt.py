@@ -23,7 +23,7 @@ def _read(path: Path, seed: int) -> Table:
         )  # fmt: skip
     if failed.all():
         raise UserError(f"{path} has only failed requests (Response tokens = 0); a trace has at least one that ran.")
-    return rows_of(path, arrival_s[~failed], prompt[~failed], output[~failed]), None
+    return Table(rows_of(path, arrival_s[~failed], prompt[~failed], output[~failed]))
 
 
 FORMAT = Format("burstgpt", lambda sample: sample.kind == "csv" and sample.has("Request tokens"), _read)

@@ -37,6 +37,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "image_tokens": ("image_tokens",),
     "cached_tokens": ("prefix_hit_tokens", "cached_tokens", "cached_prompt_tokens", "prefix_tokens"),
     "hash_ids": ("hash_ids", "block_hashes"),
+    "session": ("session_id", "session", "conversation_id"),
     "prob": ("prob",),
 }  # fmt: skip
 NEEDED = ("prompt_tokens", "output_tokens")

@@ -7,15 +7,23 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flexirl.workloads.readers.text import lines_of
+from flexirl.workloads.trace import CONTENT
 
 Column = NDArray[np.float64]
-Table = tuple[np.ndarray, Column | None]  # unsorted rows of `TRACE_ROW`, and their weights or None
+
+
+class Table(NamedTuple):
+    """What is read from a file."""
+
+    rows: np.ndarray  # TRACE_ROW, unsorted
+    weights: Column | None = None
+    contents: np.ndarray = np.zeros(0, CONTENT)
 
 
 @dataclass(frozen=True)

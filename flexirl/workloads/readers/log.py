@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 
 from flexirl.errors import UserError
 from flexirl.workloads.readers import mooncake
-from flexirl.workloads.readers.blocks import Blocks, hashes_of, prefix_tokens
+from flexirl.workloads.readers.blocks import Blocks, describe, hashes_of, prefix_tokens
 from flexirl.workloads.readers.columns import columns_of, is_log
 from flexirl.workloads.readers.formats import Column, Format, Sample, Table
 from flexirl.workloads.readers.instants import no_time, seconds_of_numbers, seconds_of_texts
 from flexirl.workloads.readers.rows import rows_of
 from flexirl.workloads.readers.text import Csv, json_lines
+from flexirl.workloads.readers.turns import describe_turns, link, turns_before
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 log = logging.getLogger(__name__)
@@ -57,10 +58,11 @@ def read_log(path: Path, asked: Mapping[str, str] | None = None) -> Table:
             arrival_s = seconds_of_numbers(path, column["arrival"], values["arrival"])
     except ValueError:
         lines, cells = _cells(path, column)
-        counts = [what for what in plain if what not in ("arrival", "tenant")]
+        counts = [what for what in plain if what not in ("arrival", "tenant", "session")]
         values = {what: _numbers(path, column[what], lines, cells[what]) for what in counts}
         arrival_s = _times(path, column["arrival"], lines, cells["arrival"]) if "arrival" in column else None
-    return _rows(path, column, lines, cells, values, arrival_s), values.get("prob")
+    rows, contents = _rows(path, column, lines, cells, values, arrival_s)
+    return Table(rows, values.get("prob"), contents)
 
 
 def _rows(
@@ -70,7 +72,7 @@ def _rows(
     cells: Mapping[str, list[str]],
     values: Mapping[str, Column],
     arrival_s: Column | None,
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     prompt, output = values["prompt_tokens"], values["output_tokens"]
     optional: dict[str, Column | NDArray[np.int64]] = {
         name: values[name] for name in ("num_images", "image_tokens") if name in values
@@ -78,12 +80,13 @@ def _rows(
     if "tenant" in column:
         tenants = values["tenant"] if "tenant" in values else _in_order(cells["tenant"])
         optional["tenant"] = np.unique(tenants, return_inverse=True)[1]
-    if "cached_tokens" in values:
-        optional["prefix_tokens"] = values["cached_tokens"]
-    elif "hash_ids" in cells:
+    blocks: list[Blocks] = []
+    if "hash_ids" in cells:
         places = [f"line {line}" for line in lines]
         blocks = [_hashes(path, place, text) for place, text in zip(places, cells["hash_ids"], strict=True)]
         optional["prefix_tokens"] = prefix_tokens(path, places, blocks, prompt, arrival_s, mooncake.BLOCK)
+    if "cached_tokens" in values:
+        optional["prefix_tokens"] = values["cached_tokens"]
     rows = rows_of(path, np.full(len(lines), np.nan) if arrival_s is None else arrival_s, prompt, output, **optional)
     if "max_tokens" in values:
         asked = np.where(np.isnan(values["max_tokens"]), rows["max_tokens"], values["max_tokens"])
@@ -92,7 +95,10 @@ def _rows(
         rows["request_class"] = _each(path, column["class"], lines, cells["class"], _class)
     if "window" in cells:
         rows["window_s"] = _each(path, column["window"], lines, cells["window"], _window)
-    return rows
+    if "session" in column and arrival_s is not None:
+        sessions = values["session"].tolist() if "session" in values else [text or None for text in cells["session"]]
+        link(rows, turns_before(rows, sessions))
+    return rows, describe(rows, blocks, mooncake.BLOCK) if blocks else describe_turns(rows)
 
 
 def _names(path: Path) -> list[str]:

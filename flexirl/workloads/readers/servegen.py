@@ -66,7 +66,7 @@ def _read(path: Path, seed: int) -> Table:
     rows["max_tokens"] = rows["output_tokens"].max()
     # Tenants are numbered densely: some clients have no requests.
     rows["tenant"] = np.unique(rows["tenant"], return_inverse=True)[1]
-    return rows, None
+    return Table(rows)
 
 
 def _windows(path: Path) -> list[tuple[float, float, float, ArrivalProcess]]:

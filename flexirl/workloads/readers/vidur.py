@@ -16,7 +16,7 @@ def _read(path: Path, seed: int) -> Table:
     prompt, output = table.numbers("num_prefill_tokens", "num_decode_tokens")
     timed = "arrived_at" in table.names
     arrival_s = table.numbers("arrived_at")[0] if timed else np.full(len(prompt), np.nan)
-    return rows_of(path, arrival_s, prompt, output), None
+    return Table(rows_of(path, arrival_s, prompt, output))
 
 
 FORMAT = Format("vidur", lambda sample: sample.kind == "csv" and sample.has("num_prefill_tokens"), _read)

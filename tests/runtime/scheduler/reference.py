@@ -486,7 +486,7 @@ class Reference:
     def admit(self, request: Request) -> bool:
         """Admits a waiting request if it may join now."""
         total, decision = self.engine["kv_blocks"], self.decision
-        if request.waits:
+        if request.deferred:
             share, free = decision["deferred_kv_share"], self.cache.free
             if (share < 1 and total - free >= share * total) or decision["preempt_count"] > 0:
                 return False

@@ -41,7 +41,7 @@ from flexirl.runtime.scheduler.looking import Lookout
 from flexirl.runtime.scheduler.plan import plan
 from flexirl.runtime.scheduler.state import State
 from flexirl.runtime.simulator import simulation, surrogate
-from flexirl.workloads.trace import DEFERRED, IMMEDIATE, Trace, empty_rows, merge
+from flexirl.workloads.trace import CONTENT, DEFERRED, IMMEDIATE, Trace, empty_rows, merge
 
 MEMBERS = 64
 SEATS = 64
@@ -75,18 +75,51 @@ def surrogate_speed(repeats: int) -> Iterator[Row]:
     yield Row("surrogate_iterations_per_s_million_queued", many, unit)
 
 
+def cache_speed(repeats: int) -> Iterator[Row]:
+    """The same engine with conversations: eight turns each, five hundred going on at once, system prompts shared.
+
+    Without a prefix cache, and with one of 100,000 and of a million blocks, all of them full before it is timed.
+    """
+    iterations = 50_000
+    for name, caching, blocks in (("off", 0, 100_000), ("100k_blocks", 1, 100_000), ("1m_blocks", 1, 1_000_000)):
+        engine = load_profile("h100-llama-3.1-8b").replace(
+            max_running=SEATS, block_size=16, kv_blocks=blocks, prefix_caching=caching
+        )
+        trace = _conversations(_busy_trace(QUEUED, iterations * (repeats + 2)))
+        state = simulation.start(engine, trace, 0)
+        surrogate.advance(state, trace.rows, np.inf, 2_000)
+        speed = median(lambda state=state, trace=trace: _advance(state, trace, iterations), repeats)  # type: ignore[misc]
+        yield Row(f"surrogate_iterations_per_s_cache_{name}", speed, "iterations/s")
+
+
+def _conversations(trace: Trace, at_once: int = 500, turns: int = 8) -> Trace:
+    rows, number = trace.rows, np.arange(len(trace))
+    session, turn = number // (at_once * turns) * at_once + number % at_once, number % (at_once * turns) // at_once
+    rows["prompt_tokens"] = 256 * (turn + 1)
+    contents = np.zeros((int(session.max()) + 1, turns + 1), CONTENT)
+    contents["end"] = np.append(128, 256 * np.arange(2, turns + 2))
+    contents["origin"] = np.arange(contents.size).reshape(contents.shape) + 64
+    contents["origin"][:, 0] = np.arange(len(contents)) % 64
+    rows["content_first"], rows["content_count"] = session * (turns + 1), turn + 2
+    return Trace(rows, "conversations", 1, contents=contents.ravel())
+
+
 def _busy_engine(queued: int, iterations: int) -> tuple[State, Trace]:
     """An engine whose 64 seats are taken, with `queued` deferred requests waiting and arrivals for `iterations`."""
     engine = load_profile("h100-llama-3.1-8b").replace(max_running=SEATS, block_size=16)
+    trace = _busy_trace(queued, iterations)
+    state = simulation.start(engine, trace, 0)
+    surrogate.advance(state, trace.rows, np.inf, 2_000)
+    return state, trace
+
+
+def _busy_trace(queued: int, iterations: int) -> Trace:
     rng = np.random.default_rng(0)
     gaps_s = rng.exponential(0.25, iterations // 10)
     immediate = _requests(len(gaps_s), IMMEDIATE, rng)
     immediate.rows["arrival_s"] = np.cumsum(gaps_s)
     immediate.rows["ttft_slo_s"], immediate.rows["tpot_slo_s"] = 1.0, 0.05
-    trace = merge([immediate, _requests(queued, DEFERRED, rng)], "bench")
-    state = simulation.start(engine, trace, 0)
-    surrogate.advance(state, trace.rows, np.inf, 2_000)
-    return state, trace
+    return merge([immediate, _requests(queued, DEFERRED, rng)], "bench")
 
 
 def _requests(count: int, request_class: int, rng: np.random.Generator) -> Trace:
@@ -269,6 +302,7 @@ def run(quick: bool) -> Iterator[Row]:
     repeats = 1 if quick else 5
     yield from memory(task)  # first, since a new process starts at its parent's peak
     yield from surrogate_speed(repeats)
+    yield from cache_speed(repeats)
     yield from environment_speed(task, config, repeats)
     yield from training_speed(task, config, repeats)
     yield from decision_time(task, repeats)

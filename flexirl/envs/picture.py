@@ -23,6 +23,12 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def _lighter(colour: str) -> tuple[float, float, float, float]:
+    from matplotlib.colors import to_rgba
+
+    return to_rgba(colour, 0.4)
+
+
 def timeline_figure(timeline: np.ndarray, title: str) -> Figure:
     """Queues, KV cache and batch composition over simulated time, from an array of `simulation.TIMELINE`."""
     figure = new_figure(9, 6)
@@ -33,10 +39,13 @@ def timeline_figure(timeline: np.ndarray, title: str) -> Figure:
     queues.set(ylabel="waiting requests", yscale="symlog", title=title)
     queues.set_ylim(bottom=0)
     cache.stackplot(
-        now, timeline["immediate_kv_share"], timeline["deferred_kv_share"],
-        colors=[IMMEDIATE_COLOUR, DEFERRED_COLOUR], labels=["immediate", "deferred"],
+        now, timeline["immediate_kv_share"], timeline["immediate_idle_share"], timeline["deferred_kv_share"],
+        timeline["deferred_idle_share"],
+        colors=[IMMEDIATE_COLOUR, _lighter(IMMEDIATE_COLOUR), DEFERRED_COLOUR, _lighter(DEFERRED_COLOUR)],
+        labels=["immediate, in use", "kept for it", "deferred, in use", "kept for it"],
     )  # fmt: skip
     cache.set(ylabel="share of KV cache", ylim=(0, 1))
+    cache.legend(loc="lower right", fontsize=8, ncols=4)
     batch.stackplot(
         now, timeline["immediate_running"], timeline["deferred_running"], colors=[IMMEDIATE_COLOUR, DEFERRED_COLOUR]
     )

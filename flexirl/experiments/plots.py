@@ -40,15 +40,15 @@ def plot_history(history: Sequence[Mapping[str, float]], path: Path) -> None:
 
 
 def plot_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Revenue per policy, and attainment against deferred throughput; `rows` as of leaderboard.json."""
-    policies = sorted({row["policy"] for row in rows}, key=lambda name: np.mean(_values(rows, name, "revenue_per_s")))
+    """Value per policy, and attainment against deferred throughput; `rows` as of leaderboard.json."""
+    policies = sorted({row["policy"] for row in rows}, key=lambda name: np.mean(_values(rows, name, "value_per_s")))
     figure = new_figure(11, 0.3 * len(policies) + 1.5)
     bars, frontier = figure.subplots(1, 2, width_ratios=[3, 2])
-    means = [np.mean(_values(rows, name, "revenue_per_s")) for name in policies]
-    spread = [np.std(_values(rows, name, "revenue_per_s")) for name in policies]
+    means = [np.mean(_values(rows, name, "value_per_s")) for name in policies]
+    spread = [np.std(_values(rows, name, "value_per_s")) for name in policies]
     colours = [IMMEDIATE_COLOUR if name.startswith("learned") else NEUTRAL for name in policies]
     bars.barh(policies, means, xerr=spread, color=colours, error_kw={"elinewidth": 1})
-    bars.set(xlabel="revenue per s (price units; line: one standard deviation over seeds)")
+    bars.set(xlabel="value per s (price units; line: one standard deviation over seeds)")
     points = {
         name: (float(np.mean(_values(rows, name, "deferred_tokens_per_s"))), float(np.mean(attainment)))
         for name in policies

@@ -24,8 +24,13 @@ TIMELINE = np.dtype(
         ("deferred_waiting", "i4"),
         ("immediate_running", "i4"),
         ("deferred_running", "i4"),
-        ("immediate_kv_share", "f4"),
+        (
+            "immediate_kv_share",
+            "f4",
+        ),  # of the KV cache: in use; a block that several share counts for all of them alike
         ("deferred_kv_share", "f4"),
+        ("immediate_idle_share", "f4"),  # of the KV cache: kept for it, and in use by nobody
+        ("deferred_idle_share", "f4"),
         ("prefill_tokens", "i4"),  # of the last iteration
         ("decode_sequences", "i4"),
         ("preemptions", "i4"),  # since the start
@@ -100,11 +105,14 @@ def timeline_row(state: State) -> tuple[float, ...]:
     """How an engine stands now, in the order of `TIMELINE`."""
     classes, batch = state.classes, state.batch[0]
     total = float(state.engine["kv_blocks"][0])
+    held = float(classes["kv_blocks"].sum())
+    used_share = (total - float(state.scheduler["free_blocks"][0])) / total
     return (
         float(state.scheduler["now_s"][0]),
         *(int(classes["waiting"][c]) for c in (IMMEDIATE, DEFERRED)),
         *(int(classes["running"][c]) for c in (IMMEDIATE, DEFERRED)),
-        *(classes["kv_blocks"][c] / total for c in (IMMEDIATE, DEFERRED)),
+        *(used_share * classes["kv_blocks"][c] / held if held else 0.0 for c in (IMMEDIATE, DEFERRED)),
+        *(classes["idle_blocks"][c] / total for c in (IMMEDIATE, DEFERRED)),
         int(batch["prefill_tokens"]),
         int(batch["decode_sequences"]),
         int(classes["preemptions"].sum()),

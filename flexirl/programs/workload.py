@@ -41,6 +41,8 @@ def describe(trace: Trace, duration_s: float, service_time_s: ServiceTime) -> di
             **{f"dispersion_{w}s": index_of_dispersion(times, duration_s, w) for w in (1, 10, 60)},
             "gap_cv": gap_cv(times),
             "demand": float(service_time_s(rows).sum()) / duration_s,
+            "waits_for_answer": float((rows["follows"] > 0).mean()),
+            "said_before": float(rows["prefix_tokens"].sum() / rows["prompt_tokens"].sum()),
             **shares_lost(service_time_s.engine, rows),
         }
         for column in LENGTHS:
@@ -74,6 +76,8 @@ def table(summary: dict[str, Any]) -> str:
         "dispersion_10s": "index of dispersion, 10 s",
         "dispersion_60s": "index of dispersion, 60 s",
         "gap_cv": "cv of gaps",
+        "waits_for_answer": "wait for an answer, share",
+        "said_before": "prompt said before, share",
     }
     for key, label in labels.items():
         lines.append(f"{label:28}" + "".join(f"{_number(figures[key]):>14}" for figures in classes.values()))

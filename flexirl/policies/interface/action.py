@@ -45,7 +45,13 @@ DIALS = (
     Dial("step", "longest iteration that work may still join", "0.75 TPOT SLO", "3 TPOT SLO", "12 TPOT SLO"),
     Dial("deferred_kv", "KV share above which no deferred request is admitted", "0", "0.95", "1"),
     Dial("preempt", "deferred requests to preempt now", "0", "0", "4"),
-    Dial("relegate", "times its prefill an immediate request must have left, or it goes last", "0", "3", "6"),
+    Dial(
+        "relegate",
+        "times its prefill an immediate request must have left, or it goes behind the others of its class",
+        "0",
+        "3",
+        "6",
+    ),
     Dial(
         "window",
         "time a deferred request must have left (at most half its window), or it goes last",

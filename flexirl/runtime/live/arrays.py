@@ -19,7 +19,7 @@ from flexirl.runtime.live.iteration import (
 )
 from flexirl.runtime.live.options import Options
 from flexirl.runtime.live.request_table import leave
-from flexirl.runtime.live.swaps import Swaps, new_swaps
+from flexirl.runtime.live.swaps import Swaps, new_swaps, note_swaps
 from flexirl.runtime.scheduler.commit import abandon
 from flexirl.runtime.scheduler.intake import cancel
 from flexirl.runtime.scheduler.kv_cache import blocks_for
@@ -70,6 +70,7 @@ def _start(arrays: Arrays, seed: int, patience: float) -> None:
     cancel(state, 0)
     leave(state, 0)
     apply(state)
+    note_swaps(state, arrays.swaps)
     prepare(arrays.live, 0)
     finish(arrays.live, no_tokens, arrays.is_end, 0.0)
     abandon(state, 0.0)

@@ -23,6 +23,7 @@ from flexirl.runtime.live.options import DEFAULTS, Options
 from flexirl.runtime.live.places import Places
 from flexirl.runtime.live.requests import Request
 from flexirl.runtime.live.stepping import Stepping
+from flexirl.runtime.live.swaps import note_swaps
 from flexirl.runtime.scheduler.commit import settle
 from flexirl.runtime.scheduler.plan import apply
 from flexirl.workloads.slo import SLO
@@ -44,7 +45,7 @@ class LiveEngine:
 
     def __init__(self, executor: Executor, policy: Policy, slo: SLO, options: Options = DEFAULTS) -> None:
         arrays = new_arrays(executor, options, slo.patience)
-        self.state = arrays.state
+        self.state, self._swaps = arrays.state, arrays.swaps
         self._intake = Intake(executor, options)
         self._guard = Guard()
         self._delivery = Delivery(self._guard)
@@ -166,6 +167,8 @@ class LiveEngine:
         last = scheduler["iterations"] + (max_iterations or _NO_LIMIT)
         self.clock.resume()
         apply(self.state)
+        if self.state.decision["preempt_count"][0] > 0:
+            note_swaps(self.state, self._swaps)
         self._take_in()
         while scheduler["now_s"] < until_s and scheduler["iterations"] < last:
             if self._decide_now or self._stopping or (drain and self.unfinished == 0):

@@ -42,7 +42,7 @@ class Stepping:
         options: Options,
     ) -> None:
         self.tokens = self.abandoned = self.device_failures = 0
-        self._state, _, self._requests, self._flat, self._live, self._is_end = arrays
+        self._state, self._swaps, self._requests, self._flat, self._live, self._is_end = arrays
         self._executor, self._places, self._intake = executor, places, intake
         self._clock, self._guard = clock, guard
         self._save_blocks, self._safepoints, self._on_step = options.save_blocks, options.safepoints, options.on_step
@@ -161,7 +161,8 @@ class Stepping:
             return self._state.block_rows[requests["row"][r]]
 
         for r in flat.swapped_out[: counts.swapped_out].tolist():
-            moves.out[r] = row(r)[: blocks_for(int(requests["computed"][r]), block_size)].tolist()
+            blocks = self._state.block_rows[self._swaps.rows[r]]
+            moves.out[r] = blocks[: blocks_for(int(requests["computed"][r]), block_size)].tolist()
         for r in flat.swapped_in[: counts.swapped_in].tolist():
             computed = int(requests["computed"][r])
             moves.back[r] = row(r)[: blocks_for(computed, block_size)].tolist()

@@ -9,7 +9,7 @@ from toys import toy_engine
 
 from flexirl.runtime.live.iteration import LiveState, finish, new_flat_batch, new_request_arrays, prepare, take_in
 from flexirl.runtime.live.request_table import leave
-from flexirl.runtime.live.swaps import new_swaps
+from flexirl.runtime.live.swaps import new_swaps, note_swaps
 from flexirl.runtime.scheduler.commit import abandon, settle
 from flexirl.runtime.scheduler.intake import cancel
 from flexirl.runtime.scheduler.invariants import check_invariants
@@ -72,8 +72,9 @@ def storm(
     is_end = np.zeros(4, np.bool_)
     sums = np.zeros(LONGEST + 1, np.int64)
     for step in range(steps):
-        if step % 4 == 0:
+        for _ in range(1 + np.random.randint(2) if step % 4 == 0 else 0):
             decide_anything(state)
+            note_swaps(state, live.swaps)
         r = np.random.randint(PLACES)
         request = state.requests[r]
         if request.status != WAITING and request.status != RUNNING:
@@ -91,7 +92,7 @@ def storm(
         counts[1] += back
         for i in range(out):
             r = flat.swapped_out[i]
-            blocks = state.block_rows[state.requests[r].row]
+            blocks = state.block_rows[live.swaps.rows[r]]
             for position in range(state.requests[r].computed):
                 on_host[r, position] = content[blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE]
         for i in range(back):

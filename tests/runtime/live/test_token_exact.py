@@ -28,28 +28,29 @@ def test_no_schedule_changes_a_token(model: LoadedModel) -> None:
     run = LiveRun(executor, RandomPolicy(5, 24), save_blocks=2)
     requests: dict[str, Request] = {}
 
-    def add() -> None:
-        if len(requests) < 40:
+    def add(deferred_share: float) -> None:
+        if len(requests) < 60:
             earlier = list(run.completions.values())
             said = rng.integers(0, 256, rng.integers(1, 20)).tolist()
             if earlier and rng.random() < 0.5:  # the next turn of a conversation
                 before = earlier[rng.integers(len(earlier))]
-                said = [*requests[before.id].prompt, *before.token_ids, *said][:60]
+                said = [*requests[before.id].prompt, *before.token_ids, *said]
             request = Request(
                 id=f"r{len(requests)}",
-                prompt=[*range(rng.integers(0, 20)), *said],
+                prompt=[*range(rng.integers(0, 20)), *said][:60],
                 max_tokens=int(rng.integers(1, 40)),
-                request_class=int(rng.choice([IMMEDIATE, DEFERRED])),
+                request_class=DEFERRED if rng.random() < deferred_share else IMMEDIATE,
                 sampling=Sampling(ignore_eos=bool(rng.random() < 0.5)),
                 window_s=np.inf,
             )
             requests[request.id] = request
             run.engine.add_request(request)
 
-    executor.between_layers = lambda: add() if rng.random() < 0.02 else None
+    executor.between_layers = lambda: add(0.0) if rng.random() < 0.015 else None  # these may interrupt
     step = 0
-    while len(requests) < 40 or run.engine.unfinished:
-        add()
+    while len(requests) < 60 or run.engine.unfinished:
+        if run.engine.unfinished < 6:
+            add(0.9)
         if step % 20 == 5:
             run.engine.cancel(f"r{rng.integers(len(requests))}")
         if step % 30 == 0:
@@ -57,7 +58,7 @@ def test_no_schedule_changes_a_token(model: LoadedModel) -> None:
         run.step(int(rng.integers(1, 7)))
         step += 1
     metrics = run.engine.metrics()
-    assert metrics["preemptions"] > 20 and metrics["swapped_tokens"] > 200 and metrics["recomputed_tokens"] > 20
+    assert metrics["preemptions"] > 10 and metrics["swapped_tokens"] > 200 and metrics["recomputed_tokens"] > 10
     assert (
         run.engine.state.classes["found_prompt"].sum() > 100 and run.engine.state.classes["evicted_blocks"].sum() > 100
     )

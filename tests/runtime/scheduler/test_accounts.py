@@ -35,8 +35,13 @@ def test_every_figure_of_a_small_run() -> None:
     span_s = 63 * TICK_S
     waited = np.array([24, 53]) * TICK_S  # the rejected one has waited for its first token to the end
     expected = {
+        "value_per_s": ((8 + 4 * 3) + 0.5 * (4 + 4 * 2)) / span_s,
         "revenue_per_s": ((8 + 4 * 3) + 0.5 * (4 + 4 * 2)) / span_s,
         "immediate_attainment": 0.5,
+        "given_up": 0.0,
+        "immediate_cached": 0.0,
+        "deferred_cached": 0.0,
+        "evicted_blocks": 0,
         "immediate_goodput_tokens_per_s": 11 / span_s,
         "prompt_tokens_per_s": 12 / span_s,
         "output_tokens_per_s": 5 / span_s,

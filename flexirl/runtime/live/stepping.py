@@ -21,6 +21,7 @@ from flexirl.runtime.live.step import Step
 from flexirl.runtime.live.token_budget import TokenBudget
 from flexirl.runtime.scheduler.commit import abandon
 from flexirl.runtime.scheduler.kv_cache import blocks_for
+from flexirl.runtime.scheduler.prefix_cache import forget_idle
 
 _LOG = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ class Stepping:
                 "The model gave no number to choose a token by (NaN, or every token suppressed); "
                 "change the prompt or its sampling fields.",
             )
+            forget_idle(state)
             return True
         executed = self._clock.now_s()
         watched = np.flatnonzero(self._requests.watched[sampled]).tolist() if places.watched else []
@@ -186,6 +188,7 @@ class Stepping:
         self.device_failures += 1
         _LOG.error("the device failed; the requests it was computing end", exc_info=error)
         self._places.fail(requests, f"The device failed ({words(error)}); send it again.")
+        forget_idle(self._state)
 
     def _ids(self, counts: Counts) -> list[str]:
         return [self._places.output(r).request.id for r in self._flat.requests[: counts.requests].tolist()]

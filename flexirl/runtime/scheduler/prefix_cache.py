@@ -188,6 +188,12 @@ def evict(state: State, blocks: int) -> None:
 
 
 @compiled
+def forget_idle(state: State) -> None:
+    """Empties all idle blocks: what they hold cannot be relied on any more."""
+    evict(state, state.scheduler[0].free_blocks - state.scheduler[0].empty_blocks)
+
+
+@compiled
 def mark(state: State, r: int) -> int:
     """Blocks that leaving them all would free, of running request r and those marked before it: call `unmark` after."""
     request = state.requests[r]

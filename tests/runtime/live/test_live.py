@@ -305,6 +305,30 @@ def test_a_device_that_fails_costs_only_what_it_was_computing(
     everything_is_given_back(run)
 
 
+def test_what_a_failed_move_left_behind_is_not_taken_for_what_it_was() -> None:
+    """The cache keeps a finished prompt; then a move fails and nobody knows what lies where; then it comes again."""
+
+    class Scrambled(ToyExecutor):
+        def move(self, moves: Moves) -> dict[int, int]:
+            self._cache.zero_()
+            raise RuntimeError("an illegal address")
+
+    run = LiveRun(Scrambled(toy_engine(**ENGINE)), Constant())
+    prompt, sampling = list(range(20)), Sampling(ignore_eos=True)
+    run.engine.add_request(Request("first", prompt, 4, IMMEDIATE, sampling))
+    run.drain()
+    run.engine.add_request(Request("swapped", list(range(20, 32)), 20, DEFERRED, sampling))
+    run.step(3)
+    run.obey(Constant(preempt_count=1, preemption=SWAP))
+    run.step()
+    assert run.completions["swapped"].finish_reason == "error"
+    run.obey(Constant())
+    run.engine.add_request(Request("again", prompt, 4, IMMEDIATE, sampling))
+    run.drain()
+    assert run.completions["again"].token_ids == run.completions["first"].token_ids == alone(prompt, 4, ())
+    everything_is_given_back(run)
+
+
 # ------------------------------------------------------------------------------------------------ requests
 
 

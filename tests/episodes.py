@@ -16,6 +16,7 @@ from flexirl.workloads.slo import SLO
 from flexirl.workloads.trace import Trace, empty_rows
 
 REVENUE = Reward("revenue", "revenue", deferred=1.0, loss=1.0, waiting=0.0)
+VALUE = Reward("value", "value", deferred=1.0, loss=0.0, waiting=0.0, lateness=1.0)
 LATENCY = Reward("latency", "requests in the system", deferred=0.0, loss=0.0, waiting=1.0)
 PROMISE = SLO(ttft_s=1.0, tpot_s=0.05)
 

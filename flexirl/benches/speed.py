@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def cache_speed(repeats: int) -> Iterator[Row]:
         trace = _conversations(_busy_trace(QUEUED, iterations * (repeats + 2)))
         state = simulation.start(engine, trace, 0)
         surrogate.advance(state, trace.rows, np.inf, 2_000)
-        speed = median(lambda state=state, trace=trace: _advance(state, trace, iterations), repeats)  # type: ignore[misc]
+        speed = median(partial(_advance, state, trace, iterations), repeats)
         yield Row(f"surrogate_iterations_per_s_cache_{name}", speed, "iterations/s")
 
 

@@ -208,7 +208,6 @@ class Fleet:
             self._grow(len(trace), trace.num_tenants, len(trace.contents))
         for m in range(group * self.group_size, (group + 1) * self.group_size):
             self._traces[m, : len(trace)] = trace.rows
-            self._states.contents[m, : len(trace.contents)] = trace.contents
             self._member[m] = np.zeros((), MEMBER)
             self._member[m]["rows"] = len(trace)
             self._member[m]["duration_s"] = share * self._durations_s[which]
@@ -220,12 +219,12 @@ class Fleet:
             self._reward[m] = self._reward_of(which)[0]
             self._observers.memory[m] = np.zeros((), MEMORY)
             self._warm[m] = np.zeros((), CLASS)
-            self._start_engine(m, trace, _child_seed(self._seed, int(self._episode[group]), m))
+            self._start_engine(m, task, trace, _child_seed(self._seed, int(self._episode[group]), m))
 
-    def _start_engine(self, m: int, trace: Trace, seed: int) -> None:
-        """Puts the engine of member m at the start of a trace, and observes it."""
-        patience = self._task_of(int(self._episode[m // self.group_size]) % self.num_traces).slo.patience
-        _start_member(self._states, self._traces, self._member, m, seed, patience)
+    def _start_engine(self, m: int, task: Task, trace: Trace, seed: int) -> None:
+        """Puts the engine of member m at the start of a task's trace, and observes it."""
+        self._states.contents[m, : len(trace.contents)] = trace.contents
+        _start_member(self._states, self._traces, self._member, m, seed, task.slo.patience)
         self._observe(m)
 
     def _observe(self, m: int) -> None:

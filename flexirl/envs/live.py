@@ -42,7 +42,11 @@ class LiveFleet(Fleet):
         self._engine: LiveEngine | None = None
         super().__init__(replace(task, engine=executor.profile), 1, traces=traces)
 
-    def _start_engine(self, m: int, trace: Trace, seed: int) -> None:
+    def _grow(self, max_requests: int, num_tenants: int, contents: int) -> None:
+        # There is no other member, in the middle of an episode, whose engine would have to be kept.
+        self._allocate(max_requests, num_tenants, contents)
+
+    def _start_engine(self, m: int, task: Task, trace: Trace, seed: int) -> None:
         self.close()
         options = Options(
             clock=self._make_clock(), max_requests=self._traces.shape[1], num_tenants=self._states.tenants.shape[1],

@@ -145,6 +145,13 @@ class ImmediateStream(Protocol):
         ...
 
 
+def duration_of_synthetic(duration_s: float | None) -> float:
+    """The duration in seconds that requests which are drawn need; raises UserError without one."""
+    if duration_s is None:
+        raise UserError("workload.duration_s=null is for traces; give a synthetic workload a duration in seconds.")
+    return duration_s
+
+
 @dataclass(frozen=True)
 class Synthetic:
     """Immediate requests from an arrival process and a length model.
@@ -168,9 +175,7 @@ class Synthetic:
 
     def length_s(self, duration_s: float | None, service_time_s: ServiceTime) -> float:
         """See `ImmediateStream.length_s`; raises UserError without a duration."""
-        if duration_s is None:
-            raise UserError("workload.duration_s=null is for traces; give a synthetic workload a duration in seconds.")
-        return duration_s
+        return duration_of_synthetic(duration_s)
 
     def rate_per_s(self, service_time_s: ServiceTime) -> float:
         """Mean requests per second."""

@@ -23,6 +23,7 @@ from flexirl.workloads.scenario import (
     Rngs,
     ServiceTime,
     Tenants,
+    duration_of_synthetic,
     positive,
     require,
 )
@@ -95,9 +96,7 @@ class Sessions:
 
     def length_s(self, duration_s: float | None, service_time_s: ServiceTime) -> float:
         """See `ImmediateStream.length_s`; raises UserError without a duration."""
-        if duration_s is None:
-            raise UserError("workload.duration_s=null is for traces; give a synthetic workload a duration in seconds.")
-        return duration_s
+        return duration_of_synthetic(duration_s)
 
     def draw(self, duration_s: float | None, service_time_s: ServiceTime, rngs: Rngs) -> Trace:
         """See `ImmediateStream.draw`."""

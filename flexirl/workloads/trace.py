@@ -83,15 +83,13 @@ class Trace:
         return Trace(rows, self.name, self.num_tenants, self.rows, self.contents)
 
     def trimmed(self) -> Trace:
-        """The same requests, without contents that lie before or behind all of theirs."""
-        saying = self.rows["content_count"] > 0
+        """The same requests, without contents that are none of theirs."""
         rows = self.rows.copy()
-        first, behind = 0, 0
-        if saying.any():
-            first = int(rows["content_first"][saying].min())
-            behind = int((rows["content_first"] + rows["content_count"])[saying].max())
-        rows["content_first"] = np.where(saying, rows["content_first"] - first, 0)
-        return Trace(rows, self.name, self.num_tenants, self.asked, self.contents[first:behind])
+        counts = rows["content_count"].astype(np.int64)
+        first = np.cumsum(counts) - counts
+        kept = np.repeat(rows["content_first"] - first, counts) + np.arange(counts.sum())
+        rows["content_first"] = np.where(counts > 0, first, 0)
+        return Trace(rows, self.name, self.num_tenants, self.asked, self.contents[kept])
 
     def as_asked(self) -> Trace:
         """The requests before `within` cut them."""

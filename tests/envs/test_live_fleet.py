@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import gymnasium
 import numpy as np
@@ -196,3 +196,18 @@ def test_requests_that_the_device_cannot_hold_are_refused() -> None:
     fleet, _ = live_fleet(longer)
     with pytest.raises(UserError, match="longer than the 64 tokens"):
         fleet.reset(0)
+
+
+def test_a_longer_trace_than_the_first_finds_room() -> None:
+    """Episodes of very different size and many things said, one after the other."""
+    growing = replace(task(), scenario=replace(task().scenario, immediate=OnTheTick(2, 300, 6.0, (2, 24), (1, 20))))
+    fleet, _ = live_fleet(growing)
+    sizes = set()
+    fleet.reset(1)
+    for _ in range(6):
+        over = np.zeros(1, bool)
+        while not over[0]:
+            over = fleet.step(np.zeros((1, NUM_DIALS), np.float32))[2]
+        sizes.add(len(fleet.state(0).requests))
+        fleet.restart(over)
+    assert len(sizes) > 1

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from episodes import LATENCY, REVENUE, Requests, random_actions, small_task
+from episodes import LATENCY, REVENUE, VALUE, Requests, random_actions, small_task
 
 from flexirl.envs.fleet import Fleet, Task
 from flexirl.policies.interface.action import NUM_DIALS
@@ -76,6 +76,31 @@ def test_over_a_drained_episode_rewards_are_revenue_less_a_constant() -> None:
     assert len(set(revenues)) == 3
     everything = value(state.requests[(state.requests["request_class"] == IMMEDIATE) & (state.requests["status"] > 0)])
     assert constants == pytest.approx([everything] * 3, rel=1e-4)
+
+
+def test_rewards_by_value_sum_to_value_less_a_constant() -> None:
+    """What late requests are worth, and what it costs that clients give up, from the requests' own times at the end."""
+    crowd = Requests(300, 300, 3.0, (500, 3000), (2, 120))
+    task = replace(DRAINED, scenario=replace(DRAINED.scenario, immediate=crowd), reward=VALUE)
+    constants, values = [], []
+    for actions in ([np.zeros((1, NUM_DIALS), np.float32)] * 300, random_actions(task, 1, 300, seed=3)):
+        total, state = play(task, actions)
+        r = state.requests[state.requests["status"] == FINISHED]
+        assert not np.isin(state.requests["status"], (WAITING, RUNNING)).any()
+        immediate, deferred = r[r["request_class"] == IMMEDIATE], r[r["request_class"] == DEFERRED]
+        first = immediate["first_token_s"] - immediate["arrival_s"]  # 1 s is promised, and 50 ms for each further token
+        last = immediate["finish_s"] - immediate["arrival_s"]
+        promised = first + 0.05 * (immediate["output_tokens"] - 1)
+        worth = np.interp(first, [1.0, 4.0], [1.0, 0.0])
+        worth = np.minimum(worth, np.interp(last / promised, [1.0, 4.0], [1.0, 0.0]))
+        price = PROMPT_PRICE * immediate["prompt_tokens"] + OUTPUT_PRICE * immediate["output_tokens"]
+        gave_up = first > 4.0
+        on_time = deferred["finish_s"] <= deferred["arrival_s"] + 12.0
+        values.append((price * worth).sum() - 0.5 * price[gave_up].sum() + DISCOUNT * value(deferred[on_time]))
+        constants.append(values[-1] - total)
+        assert gave_up.any() and ((worth > 0) & (worth < 1)).any()
+    everything = value(state.requests[(state.requests["request_class"] == IMMEDIATE) & (state.requests["status"] > 0)])
+    assert constants == pytest.approx([everything] * 2, rel=1e-3) and values[0] != values[1]
 
 
 @pytest.mark.parametrize("warmup_s", [0.0, 2.0])

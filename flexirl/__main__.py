@@ -14,6 +14,10 @@ PROGRAMS = {
     "calibrate": "measures a model on this machine and writes an engine profile",
     "validate": "holds the surrogate against a recorded run",
     "generate": "runs a file of immediate and deferred prompts on the live engine",
+    "serve": "answers OpenAI's interface: immediate requests, files and batches",
+    "run-batch": "has a file of requests answered without a server",
+    "deploy": "puts a policy in charge of a running server",
+    "key": "makes an API key for a tenant of a server",
     "pretrained": "makes the packaged policy of several trainings",
     "bench": "measures speeds (also: bench live, bench kernels)",
 }
@@ -32,7 +36,7 @@ def main() -> None:
         print(f"error: flexirl has no program {words[0]!r}; {remedy}", file=sys.stderr)
         sys.exit(2)
     sys.argv = [f"flexirl {words[0]}", *words[1:]]
-    runpy.run_module(f"flexirl.{words[0]}", run_name="__main__", alter_sys=True)
+    runpy.run_module(f"flexirl.{words[0].replace('-', '_')}", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

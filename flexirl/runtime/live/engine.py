@@ -60,7 +60,7 @@ class LiveEngine:
     # ------------------------------------------------------------------------------------------ from any thread
 
     def add_request(self, request: Request) -> None:
-        """Takes a request in; raises UserError if it can never run, or if the engine is full or has ended."""
+        """Takes a request in; raises UserError if it can never run, EngineFull or EngineClosed if it cannot now."""
         self._intake.add(request)
 
     def cancel(self, request_id: str) -> None:

@@ -17,7 +17,7 @@ from flexirl.policies.interface.policy import Policy
 from flexirl.runtime.live.clock import Clock
 from flexirl.runtime.live.executor import Executor
 from flexirl.runtime.live.options import Options
-from flexirl.runtime.live.requests import Request
+from flexirl.runtime.live.requests import EngineClosed, EngineFull, Request
 
 _NEVER_S = float("inf")
 
@@ -51,7 +51,7 @@ class Intake:
         self._urgent_at_s = _NEVER_S  # when the next one is expected
 
     def add(self, request: Request) -> None:
-        """Lets a request in; raises UserError if it can never run, or the engine is full or has ended."""
+        """Lets a request in; raises UserError if it can never run, EngineFull or EngineClosed if it cannot now."""
         if not isinstance(request, Request):
             raise UserError(f"{request!r} is no Request; make one of it.")
         executor, options = self._executor, self._options
@@ -62,11 +62,11 @@ class Intake:
             executor.check_images(request)
         with self._lock:
             if self._closed is not None:
-                raise UserError(self._closed)
+                raise EngineClosed(self._closed)
             if request.id in self._open:
                 raise UserError(f"Request {request.id} is there already; give each request an id of its own.")
             if len(self._open) >= options.max_requests:
-                raise UserError(f"The engine holds {len(self._open)} requests, as many as it can; try again later.")
+                raise EngineFull(f"The engine holds {len(self._open)} requests, as many as it can; try again later.")
             self._open[request.id] = request
             self._inbox.append((request, prompt))
             self._urgent |= request.immediate and request.arrival_s is None

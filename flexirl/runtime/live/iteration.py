@@ -36,6 +36,7 @@ class RequestArrays(NamedTuple):
     seed: np.ndarray  # uint64 (R,)
     ends_early: np.ndarray  # bool (R,): an end-of-sequence token ends it
     watched: np.ndarray  # bool (R,): its tokens are looked at one by one
+    cached: np.ndarray  # int32 (R,): tokens of its prompt found in the prefix cache; -1 before it first runs
     key: np.ndarray  # uint64 (2,): of the hashes by which the prefix cache knows tokens
 
 
@@ -112,6 +113,7 @@ def new_request_arrays(max_requests: int, max_model_len: int, longest: int) -> R
         seed=np.zeros(max_requests, np.uint64),
         ends_early=np.zeros(max_requests, np.bool_),
         watched=np.zeros(max_requests, np.bool_),
+        cached=np.full(max_requests, -1, np.int32),
         key=np.frombuffer(secrets.token_bytes(16), np.uint64).copy(),
     )
 
@@ -142,6 +144,7 @@ def new_flat_batch(profile: EngineProfile, longest: int) -> FlatBatch:
 def take_in(live: LiveState, r: int, rows: np.ndarray) -> None:
     """Submits the request in `rows` (`TRACE_ROW`, (1,)), whose prompt stands in place r of the arrays."""
     state, arrays, request, row = live.state, live.arrays, live.state.requests[r], rows[0]
+    arrays.cached[r] = -1
     if state.engine[0].prefix_caching:
         row.content_first = r * np.int64(arrays.salts.shape[1])
         request.content_first = row.content_first
@@ -174,6 +177,8 @@ def prepare(live: LiveState, save_blocks: int) -> tuple[int, int, int, int, int,
         if request.scheduled == 0:
             continue
         start, count = request.computed, request.scheduled
+        if arrays.cached[r] < 0:
+            arrays.cached[r] = start
         end, known = start + count, request.prompt_tokens + request.generated
         urgent = urgent or not best_effort(request)
         flat.requests[requests] = r

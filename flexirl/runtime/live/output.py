@@ -63,14 +63,15 @@ class Output:
     def tell(self, token: int) -> None:
         """Lets the listener know a token that `watch` has seen and that is not the last."""
         if self._listener is not None:
-            self._delivery.call(self._listener, Update(self.request.id, token, self._untold(), None))
+            logprobs = self._logprobs[-1] if self._logprobs else None
+            self._delivery.call(self._listener, Update(self.request.id, token, self._untold(), None, logprobs))
 
     def _untold(self) -> str:
         text = "".join(self._texts[self._told :])
         self._told = len(self._texts)
         return text
 
-    def complete(self, finish_reason: str, token_ids: list[int], record: np.ndarray) -> Completion:
+    def complete(self, finish_reason: str, token_ids: list[int], record: np.ndarray, cached_tokens: int) -> Completion:
         """The completion, of which `tell_end` is to tell; record: the request's `REQUEST` at its end."""
         make_text: Callable[[], str] = str
         if self._reader is not None:
@@ -90,6 +91,7 @@ class Output:
             finish_reason=finish_reason if self.error is None else ERROR,
             ttft_s=float(record["first_token_s"]) - arrival_s if token_ids else None,
             e2e_s=float(record["finish_s"]) - arrival_s,
+            cached_tokens=cached_tokens,
             preemptions=int(record["preemptions"]),
             error=self.error,
             logprobs=self._logprobs,
@@ -100,7 +102,8 @@ class Output:
         """Lets the listener know how the request has ended."""
         if self._listener is not None:
             token = completion.token_ids[-1] if completion.finish_reason in (STOP, LENGTH) else None
-            self._delivery.call(self._listener, Update(self.request.id, token, self._untold(), completion))
+            logprobs = self._logprobs[-1] if self._logprobs and token is not None else None
+            self._delivery.call(self._listener, Update(self.request.id, token, self._untold(), completion, logprobs))
 
 
 def _decode(tokenizer: Any, tokens: list[int]) -> str:

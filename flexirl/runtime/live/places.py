@@ -187,7 +187,8 @@ class Places:
         record = self._state.requests[r]
         first, count = int(record["prompt_tokens"]), int(record["generated"])
         tokens = self._arrays.tokens[r, first : first + count].tolist()
-        self._report(output, output.complete(finish_reason, tokens, record))
+        cached = max(int(self._arrays.cached[r]), 0)
+        self._report(output, output.complete(finish_reason, tokens, record, cached))
 
     def tell_all(self, why: str) -> None:
         """The engine cannot go on: reports an error for every open request, without a look at the scheduler."""

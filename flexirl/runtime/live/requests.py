@@ -17,6 +17,14 @@ STOP, LENGTH, ERROR = "stop", "length", "error"
 _NEVER_S = float("inf")
 
 
+class EngineFull(UserError):
+    """The engine holds as many requests as it can; there is room again when one of them ends."""
+
+
+class EngineClosed(UserError):
+    """The engine takes nothing in any more."""
+
+
 @dataclass(frozen=True)
 class Completion:
     """What became of a request.
@@ -24,7 +32,8 @@ class Completion:
     finish_reason: stop (an end token, a stop token or a stop string), length (max_tokens), cancelled, expired (its
     window closed), or error, which `error` explains in a sentence. token_ids include the token that ended the output;
     text leaves it out, and the stop string too. ttft_s, e2e_s: seconds from arrival to the first token (None: there
-    was none) and to the end. logprobs: one per token if asked for, else empty.
+    was none) and to the end. cached_tokens: of the prompt, those found in the prefix cache. logprobs: one per token if
+    asked for, else empty.
     """
 
     id: str
@@ -32,6 +41,7 @@ class Completion:
     finish_reason: str
     ttft_s: float | None = None
     e2e_s: float = 0.0
+    cached_tokens: int = 0
     preemptions: int = 0
     error: str | None = None
     logprobs: list[Logprobs] = field(default_factory=list)
@@ -50,6 +60,7 @@ class Update(NamedTuple):
     token: int | None  # None at an end that came without one
     text: str  # what is new and will not change any more
     completion: Completion | None  # at the end
+    logprobs: Logprobs | None = None  # of the token, if asked for
 
 
 class Image(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import PIL.Image
 from transformers import AutoImageProcessor
@@ -28,11 +28,11 @@ class ImageFiles:
             raise UserError(f"Model {folder} has no usable image processor: {reason}") from None
         self._vision = vision
 
-    def read(self, path: Path) -> Image:
-        """The image in a file; raises UserError if it cannot be read."""
+    def read(self, path: Path, file: IO[bytes] | None = None) -> Image:
+        """The image in a file, or in one that is open already; raises UserError if it cannot be read."""
         try:
-            with PIL.Image.open(path, formats=FORMATS) as file:
-                prepared = self._processor(images=[file.convert("RGB")], return_tensors="pt")
+            with PIL.Image.open(file or path, formats=FORMATS) as opened:
+                prepared = self._processor(images=[opened.convert("RGB")], return_tensors="pt")
         except FileNotFoundError:
             raise UserError(f"Image {path} does not exist.") from None
         except Exception as error:  # whatever Pillow or the processor finds wrong with it

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from flexirl.runtime.live.requests import Completion, Update
 from flexirl.runtime.live.sampling import Logprobs
 from flexirl.serving.bodies import ChatBody, TextBody
-
-Decode = Callable[[list[int]], str]
+from flexirl.serving.token_text import TokenText
 
 
 @dataclass
 class Answer:
-    """One answer in the making; prompt_tokens: of all prompts; decode: the text of tokens, for log-probabilities."""
+    """One answer in the making; prompt_tokens: of all prompts; texts: of single tokens, for log-probabilities."""
 
     body: ChatBody | TextBody
     model: str
     tier: str
     prompt_tokens: int
-    decode: Decode
+    texts: TokenText
     created: int = field(default_factory=lambda: int(time.time()))
     _offsets: dict[int, int] = field(default_factory=dict)  # characters of each choice so far
 
@@ -105,7 +104,7 @@ class Answer:
                 likeliest = [self._entry(other, value) for other, value in each.likeliest]
                 entries.append({**self._entry(token, each.token), "top_logprobs": likeliest})
             return {"content": entries, "refusal": None}
-        texts = [self.decode([token]) for token in tokens]
+        texts = [self.texts.text_of(token) for token in tokens]
         offsets = []
         for text in texts:
             offsets.append(self._offsets.get(choice, 0))
@@ -113,11 +112,11 @@ class Answer:
         return {
             "tokens": texts,
             "token_logprobs": [each.token for each in given],
-            "top_logprobs": [{self.decode([other]): value for other, value in each.likeliest} for each in given],
+            "top_logprobs": [{self.texts.text_of(other): value for other, value in each.likeliest} for each in given],
             "text_offset": offsets,
         }
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.decode([token])
+        data = self.texts.bytes_of(token)
         # Of an impossible token it is minus infinity, which JSON cannot write; OpenAI writes this.
-        return {"token": text, "bytes": list(text.encode()), "logprob": max(logprob, -9999.0)}
+        return {"token": data.decode(errors="replace"), "bytes": list(data), "logprob": max(logprob, -9999.0)}

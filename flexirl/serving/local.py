@@ -29,6 +29,7 @@ from flexirl.serving.bodies import parse
 from flexirl.serving.errors import ApiError
 from flexirl.serving.metrics import Metrics
 from flexirl.serving.prompts import Prompts
+from flexirl.serving.token_text import TokenText
 from flexirl.workloads.slo import SLO
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
@@ -75,6 +76,7 @@ class LocalBackend:
         self._model, self._executor, self._slo = model, executor, slo
         self._metrics, self._options = metrics, options
         self._prompts = Prompts(model, int(executor.profile.values["max_model_len"]))
+        self._texts = TokenText(model.tokenizer)
         self._open: dict[str, tuple[Request, asyncio.Future[Completion]]] = {}
         self._queued: dict[str, int] = {}  # tokens of open immediate requests, by tenant
         self._failures: deque[float] = deque(maxlen=_RESTARTS)
@@ -205,7 +207,7 @@ class LocalBackend:
             )  # fmt: skip
         prompts = self._prompts.of(body)
         count = sum(len(prompt.tokens) for prompt in prompts)
-        answer = Answer(body, self.models[0], terms.tier, count, self._decode)
+        answer = Answer(body, self.models[0], terms.tier, count, self._texts)
         tenants = self._options.tenants
         requests: list[Request] = []
         for prompt in prompts:
@@ -282,11 +284,6 @@ class LocalBackend:
         if completion.finish_reason in _ENDED_BADLY:
             status = _ENDED_BADLY[completion.finish_reason]
             raise ApiError(status, f"The request was {completion.finish_reason}.", code=completion.finish_reason)
-
-    def _decode(self, tokens: list[int]) -> str:
-        if self._model.tokenizer is None:
-            return " ".join(map(str, tokens))
-        return str(self._model.tokenizer.decode(tokens))
 
     # --------------------------------------------------------------------------------------------------- operation
 

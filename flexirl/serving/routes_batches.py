@@ -95,7 +95,7 @@ def list_files(
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
-    purpose: str | None = None,
+    purpose: Literal["batch", "batch_output", "assistants", "fine-tune", "vision", "user_data", "evals"] | None = None,
 ) -> Any:
     """A page of files."""
     service, tenant = _who(request)

@@ -90,6 +90,7 @@ def _lines(source: Path, done: Names) -> Iterator[tuple[Line | None, ApiError | 
                 name = batch_input.name_of(data, None)
                 if not names.add(name):
                     fault = ApiError(400, f"custom_id {name!r} is there already; make each unique.", param="custom_id")
+                    name = ""  # or the other would pass for answered
             except ApiError as error:
                 name, fault = _name_if_any(data), error
             name = name or f"line {number}"

@@ -162,6 +162,7 @@ class Store:
 
     def delete_file(self, tenant: str, file_id: str) -> None:
         """Forgets a file; raises ApiError if there is none, or a batch needs it."""
+        self.file(tenant, file_id)
         with self._write() as connection:
             self._delete(connection, files.c.tenant == tenant, file_id)
         self.path(file_id).unlink(missing_ok=True)
@@ -198,6 +199,7 @@ class Store:
         output_expires_s: int | None,
     ) -> Row:
         """A new batch, to be validated; raises ApiError if the tenant has no such file, or it is not for batches."""
+        self.file(tenant, input_file_id)
         now = self.now()
         row: dict[str, Any] = {column.name: None for column in batches.columns} | {
             "id": _new_id("batch"), "number": self._next_number(), "tenant": tenant, "status": "validating",
@@ -237,6 +239,7 @@ class Store:
 
     def ask_to_cancel(self, tenant: str, batch_id: str) -> Row:
         """Marks a batch as cancelling, if it is not over; raises ApiError if it is."""
+        self.batch(tenant, batch_id)
         with self._write() as connection:
             changed = connection.execute(
                 batches.update()
@@ -378,9 +381,11 @@ class Store:
     # ------------------------------------------------------------------------------------------------- both kinds
 
     def _one(self, table: sa.Table, tenant: str, row_id: str, what: str) -> Row:
-        query = sa.select(table).where(table.c.id == row_id, table.c.tenant == tenant)
-        with self._database.connect() as connection:
-            row = connection.execute(query).mappings().first()
+        row = None
+        if "\x00" not in row_id:  # which PostgreSQL does not take
+            query = sa.select(table).where(table.c.id == row_id, table.c.tenant == tenant)
+            with self._database.connect() as connection:
+                row = connection.execute(query).mappings().first()
         if row is None:
             raise not_found(what, row_id)
         return row

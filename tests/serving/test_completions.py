@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import threading
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,15 @@ import torch
 from openai import OpenAI
 from serving_toys import line, make_service, serving
 from toys import toy_engine
+from transformers import AutoModelForCausalLM
 
-from flexirl.policies.registry import make_policy
+from flexirl.policies.registry import PRETRAINED_FILE, make_policy
 from flexirl.runtime.models.executor import ModelExecutor
 from flexirl.runtime.models.loading import LoadedModel, load_model
+from flexirl.runtime.models.tiny import tiny_model
 from flexirl.serving.local import LocalBackend, LocalOptions
 from flexirl.serving.metrics import Metrics
+from flexirl.serving.token_text import TokenText
 from flexirl.workloads.slo import SLO
 
 ENGINE: dict[str, float] = {
@@ -35,6 +40,12 @@ ENGINE: dict[str, float] = {
     "max_model_len": 1024, "prefix_caching": 1,
 }  # fmt: skip
 PROMISE = SLO(ttft_s=1.0, tpot_s=0.05)
+
+
+@cache
+def alone() -> Any:
+    """The tiny model as Transformers runs it."""
+    return AutoModelForCausalLM.from_pretrained(tiny_model("tiny"))
 
 
 class Served:
@@ -57,7 +68,7 @@ class Served:
     def generate(self, prompt: str, max_tokens: int) -> list[int]:
         """The likeliest tokens by Transformers."""
         tokens = torch.tensor([self.model.tokenizer(prompt)["input_ids"]])
-        output = self.model.model.generate(tokens, max_new_tokens=max_tokens, do_sample=False)
+        output = alone().generate(tokens, max_new_tokens=max_tokens, do_sample=False, pad_token_id=0)
         return output[0, tokens.shape[1] :].tolist()
 
 
@@ -144,7 +155,7 @@ def test_log_probabilities_are_the_model_s(served: Served, client: OpenAI) -> No
     assert logprobs is not None and logprobs.token_logprobs is not None and logprobs.top_logprobs is not None
     tokens = served.model.tokenizer("abc")["input_ids"] + served.generate("abc", 3)
     with torch.no_grad():
-        logits = served.model.model(torch.tensor([tokens])).logits[0, 2:-1]
+        logits = alone()(torch.tensor([tokens])).logits[0, 2:-1]
     expected = torch.log_softmax(logits, -1)
     chosen = expected[torch.arange(3), torch.tensor(tokens[3:])].tolist()
     assert logprobs.token_logprobs == pytest.approx(chosen, abs=1e-4)
@@ -170,7 +181,8 @@ def test_stops_end_an_answer(served: Served, client: OpenAI) -> None:
     "options, param",
     [
         ({"max_tokens": 0}, "max_tokens"), ({"temperature": -1}, "temperature"), ({"top_p": 0}, "top_p"),
-        ({"n": 0}, "n"), ({"logit_bias": {"5": 1}}, "logit_bias"), ({"seed": "x"}, "seed"), ({"stop": ["a"] * 5}, "stop"),
+        ({"n": 0}, "n"), ({"logit_bias": {"5": 1}}, "logit_bias"), ({"seed": "x"}, "seed"),
+        ({"stop": ["a"] * 5}, "stop"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"), ({"max_tokens": 5000}, "messages"),
         ({"service_tier": "gold"}, "service_tier"), ({"response_format": {"type": "json_object"}}, "response_format"),
     ],
@@ -248,8 +260,6 @@ def test_a_batch_beside_streams_on_the_engine(served: Served, client: OpenAI) ->
         batch = client.batches.retrieve(batch.id)
     talking.join()
     assert batch.request_counts is not None and batch.request_counts.completed == 40 and len(said) > 2
-    import json
-
     for i, each in enumerate(client.files.content(batch.output_file_id or "").text.splitlines()):
         content = json.loads(each)["response"]["body"]["choices"][0]["message"]["content"]
         assert content == text_of(served, f"user: hello {i}\nassistant: ", 8)
@@ -269,10 +279,8 @@ def test_metrics_and_status_say_what_was_done(served: Served, client: OpenAI) ->
 
 
 def test_another_policy_takes_charge_and_goes_back(served: Served, client: OpenAI) -> None:
-    from flexirl.policies.registry import PRETRAINED_FILE
-
     def post(**request: Any) -> httpx.Response:
-        return httpx.post(f"{served.url}/admin/policy", **request)
+        return httpx.post(f"{served.url}/admin/policy", timeout=60, **request)
 
     assert post(json={"name": "sarathi"}).json() | {"known": []} == {
         "policy": "sarathi", "previous": "qoserve", "known": []
@@ -358,3 +366,12 @@ def test_images_come_inside_messages(tmp_path: Path) -> None:
                 ask(bad)
     finally:
         served.close()
+
+
+def test_the_bytes_of_tokens_are_those_of_their_text() -> None:
+    texts = TokenText(load_model("tiny").tokenizer)
+    for text in ("plain", "ä€𝄞 \n\x00", "".join(map(chr, range(128, 400)))):
+        tokens = load_model("tiny").tokenizer(text)["input_ids"]
+        assert b"".join(map(texts.bytes_of, tokens)) == text.encode()
+    half = load_model("tiny").tokenizer("€")["input_ids"][1]
+    assert texts.text_of(half) == "bytes:\\x82"

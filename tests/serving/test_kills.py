@@ -1,6 +1,6 @@
 """The process is killed at random moments, again and again: no answer is lost, none is written twice.
 
-FLEXIRL_TEST_KILLS: how often (10); FLEXIRL_TEST_DATABASE: an SQLAlchemy URL of an empty database, in place of SQLite.
+FLEXIRL_TEST_KILLS: how often (10), on SQLite and, where it is installed, on PostgreSQL.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
 from serving_toys import EchoBackend, line, make_service
 
+from flexirl.errors import UserError
 from flexirl.serving.database import open_database
-from flexirl.serving.store import OPEN, Store
+from flexirl.serving.store import OPEN, Line, Outcome, Store
 from flexirl.serving.tables import metadata
 
 KILLS = int(os.environ.get("FLEXIRL_TEST_KILLS", "10"))
-URL = os.environ.get("FLEXIRL_TEST_DATABASE")
 LINES, BATCHES = 300, 3
 
 WORKER = f"""
@@ -37,7 +39,7 @@ from flexirl.serving.store import Store
 from serving_toys import EchoBackend
 
 async def main():
-    store = Store(Path(sys.argv[1]), sys.argv[2] or None)
+    store = Store(Path(sys.argv[1]), sys.argv[2])
     await BatchRunner(store, EchoBackend(seconds=0.02), Metrics(), most=8).start()
     print("started", flush=True)
     await asyncio.sleep(1000)
@@ -46,14 +48,23 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("url", [None, URL] if URL else [None])
-def test_nothing_is_lost_and_nothing_comes_twice(tmp_path: Path, url: str | None) -> None:
+@pytest.fixture(params=["SQLite", "PostgreSQL"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Of a database that may have tables but has nothing in them."""
+    if request.param == "SQLite":
+        return f"sqlite:///{tmp_path / 'a.sqlite'}"
+    url: str = request.getfixturevalue("postgresql")
+    database = open_database(url)
+    with database.begin() as connection:
+        for table in metadata.sorted_tables:
+            connection.execute(table.delete())
+    database.dispose()
+    return url
+
+
+def test_nothing_is_lost_and_nothing_comes_twice(tmp_path: Path, url: str) -> None:
     rng = random.Random(0)
     store = Store(tmp_path, url)
-    if url is not None:
-        with store._database.begin() as connection:
-            for table in metadata.sorted_tables:
-                connection.execute(table.delete())
     with open(tmp_path / "in.jsonl", "w") as target:
         target.write("\n".join(line(f"r{i}", f"p{i}") for i in range(LINES)))
     kills, rounds = 0, 0
@@ -67,7 +78,7 @@ def test_nothing_is_lost_and_nothing_comes_twice(tmp_path: Path, url: str | None
         store.close()
         done = dict.fromkeys(batches, 0)
         while True:
-            arguments = [sys.executable, "-c", WORKER, str(tmp_path), url or ""]
+            arguments = [sys.executable, "-c", WORKER, str(tmp_path), url]
             with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as worker:
                 assert worker.stdout is not None
                 # While it starts, too: then it may be sweeping, or half way through a migration.
@@ -103,11 +114,9 @@ def test_nothing_is_lost_and_nothing_comes_twice(tmp_path: Path, url: str | None
     assert rounds >= 1
 
 
-def test_answers_of_one_line_count_once(tmp_path: Path) -> None:
+def test_answers_of_one_line_count_once(tmp_path: Path, url: str) -> None:
     """A line that two runs have answered, one killed before it could say so: the first answer stays."""
-    from flexirl.serving.store import Line, Outcome
-
-    service = make_service(EchoBackend(), tmp_path)
+    service = make_service(EchoBackend(), tmp_path, url=url)
     store = service.store
     (tmp_path / "in").write_text(line("a", "b"))
     with open(tmp_path / "in", "rb") as source:
@@ -125,19 +134,14 @@ def test_answers_of_one_line_count_once(tmp_path: Path) -> None:
     store.close()
 
 
-def test_migrations_make_the_tables_that_the_code_has(tmp_path: Path) -> None:
-    from alembic.autogenerate import compare_metadata
-    from alembic.migration import MigrationContext
-
-    database = open_database(URL or f"sqlite:///{tmp_path / 'a.sqlite'}")
+def test_migrations_make_the_tables_that_the_code_has(url: str) -> None:
+    database = open_database(url)
     with database.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
     database.dispose()
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    from flexirl.errors import UserError
-
     store = Store(tmp_path)
     with pytest.raises(UserError, match="in use by another server"):
         Store(tmp_path)

@@ -4,10 +4,14 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: train pretrained test test-vllm bench clean
+.PHONY: train serve pretrained test test-vllm bench clean
 
 train: .venv/installed
 	$(BIN)/python -m flexirl.train
+
+# OpenAI's interface on http://127.0.0.1:8000/v1, on the tiny model.
+serve: .venv/installed-serve
+	$(BIN)/python -m flexirl.serve
 
 # The policy that comes with the package, the mean of five seeds, made anew: less than two hours on two cores.
 # Interrupted, it goes on where it stopped; outputs/pretrained holds what is done.
@@ -45,6 +49,10 @@ clean:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install -c constraints.txt torch
 	$(PIP) install -c constraints.txt -e .
+	touch $@
+
+.venv/installed-serve: .venv/installed
+	$(PIP) install -c constraints.txt -e '.[serve]'
 	touch $@
 
 .venv/installed-test: .venv/installed

@@ -1,4 +1,4 @@
-"""Program: measures speeds, as ratios where there is a peer: `python -m flexirl.bench [startup|live|kernels]`."""
+"""Program: measures speeds, as ratios where there is a peer: `python -m flexirl.bench [startup|live|serving|kernels]`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 BENCHES = {
     "startup": "how long commands take before their work begins",
     "live": "the live engine",
+    "serving": "the server: what HTTP and batches cost, how long immediate requests wait beside them",
     "kernels": "the kernels, on a GPU",
 }
 

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -24,6 +25,8 @@ from flexirl.experiments.overrides import spelled_out
 from flexirl.experiments.records import kept_in, remove_if_bare
 from flexirl.experiments.renamed import check_names_of_settings
 from flexirl.experiments.values import CONF, check_values
+
+_EXTRAS = {"serve": "serve", "run_batch": "serve"}  # of programs that take what others do not
 
 
 def run_program(name: str, config_name: str | None = None) -> None:
@@ -44,7 +47,7 @@ def run_program(name: str, config_name: str | None = None) -> None:
     def guarded(config: DictConfig) -> object:
         try:
             check_values(config)
-            body = importlib.import_module(f"flexirl.programs.{name}")
+            body = _body(name)
             if config.get("progress", True):
                 importlib.import_module("flexirl.experiments.compiling").tell()  # takes Numba, as the body does
             with kept_in(output_folder() / f"{name}.log"):
@@ -72,6 +75,15 @@ def run_program(name: str, config_name: str | None = None) -> None:
             print(f"error: {sentence}", file=sys.stderr)
     if failed:
         sys.exit(2)
+
+
+def _body(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"flexirl.programs.{name}")
+    except ModuleNotFoundError as error:
+        if name not in _EXTRAS or str(error.name).startswith("flexirl"):
+            raise
+        raise UserError(f"{error.name} is not installed; pip install 'flexirl[{_EXTRAS[name]}]'.") from None
 
 
 def output_folder() -> Path:

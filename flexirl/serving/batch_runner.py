@@ -208,22 +208,23 @@ class BatchRunner:
     # ---------------------------------------------------------------------------------------------------- its lines
 
     async def _fill(self) -> None:
-        """Gives the backend lines up to `most`, of all batches in turn."""
+        """Gives the backend lines up to `most`, as many of each batch; what is due first comes first."""
         courses = [course for course in self._courses.values() if course.ends_as is None]
         free = self._most - sum(len(course.running) for course in self._courses.values())
         while free > 0 and courses:
-            for course in list(courses):
-                if not course.waiting and not course.all_read:
-                    page = await asyncio.to_thread(self._store.waiting_lines, course.row["id"], course.behind, _PAGE)
-                    course.waiting.extend(page)
-                    course.behind = page[-1].number if page else course.behind
-                    course.all_read = len(page) < _PAGE
-                if not course.waiting or course.ends_as is not None:
-                    courses.remove(course)
-                elif free > 0:
-                    line = course.waiting.popleft()
-                    course.running[line.number] = self._spawn(self._answer(course, line))
-                    free -= 1
+            course = min(courses, key=lambda each: (len(each.running), each.row["expires_at"]))
+            if not course.waiting and not course.all_read:
+                batch_id, store = course.row["id"], self._store
+                page = await asyncio.to_thread(store.waiting_lines, batch_id, course.behind, _PAGE)
+                course.waiting.extend(page)
+                course.behind = page[-1].number if page else course.behind
+                course.all_read = len(page) < _PAGE
+            if not course.waiting or course.ends_as is not None:
+                courses.remove(course)
+                continue
+            line = course.waiting.popleft()
+            course.running[line.number] = self._spawn(self._answer(course, line))
+            free -= 1
 
     async def _answer(self, course: _Course, line: Line) -> None:
         """Has one line answered, or puts it back."""

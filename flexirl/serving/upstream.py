@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 from collections.abc import AsyncIterator
 from typing import Any
@@ -16,11 +17,11 @@ import httpx
 
 from flexirl.errors import UserError
 from flexirl.serving.backend import Terms
-from flexirl.serving.bodies import parse
 from flexirl.serving.errors import ApiError
 from flexirl.workloads.trace import DEFERRED
 
 _CONNECT_S = 10.0
+logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
 _LOOK_S = 5.0  # between two looks at the server's health
 _LONGEST_S = 3600.0  # that an answer is waited for
 
@@ -69,19 +70,22 @@ class UpstreamBackend:
         """See `Backend.answer`."""
         try:
             with self._counted(terms):
-                answer = await self._client.post(url, json=self._told(url, fields, terms))
+                answer = await self._client.post(url, json=self._told(fields, terms))
         except httpx.HTTPError as error:
             raise _unreachable(error) from None
         if not answer.is_success:
             raise _handed_on(answer.status_code, answer.content, answer.headers)
-        body = answer.json()
+        try:
+            body = answer.json()
+        except ValueError:
+            body = None
         if not isinstance(body, dict):
             raise ApiError(502, "The server behind answered something other than a JSON object.")
         return body
 
     async def stream(self, url: str, fields: dict[str, Any], terms: Terms) -> AsyncIterator[dict[str, Any]]:
         """See `Backend.stream`."""
-        request = self._client.build_request("POST", url, json=self._told(url, fields, terms))
+        request = self._client.build_request("POST", url, json=self._told(fields, terms))
         try:
             answer = await self._client.send(request, stream=True)
         except httpx.HTTPError as error:
@@ -108,11 +112,9 @@ class UpstreamBackend:
     def _counted(self, terms: Terms) -> _Counted:
         return _Counted(self._open, "deferred" if terms.request_class == DEFERRED else "immediate")
 
-    def _told(self, url: str, fields: dict[str, Any], terms: Terms) -> dict[str, Any]:
-        """The body, with what the scheduler behind is to know. Of a batch, only good ones are sent."""
+    def _told(self, fields: dict[str, Any], terms: Terms) -> dict[str, Any]:
+        """The body, with what the scheduler behind is to know."""
         deferred = terms.request_class == DEFERRED
-        if deferred:
-            parse(url, fields)
         if not self._hints:
             return {**fields, "service_tier": "flex"} if deferred else fields
         fields = {name: value for name, value in fields.items() if name != "service_tier"}

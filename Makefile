@@ -36,10 +36,11 @@ VLLM_PIP := $(VLLM)/bin/pip --disable-pip-version-check --quiet
 test-vllm: $(VLLM)/installed
 	VLLM_LOGGING_LEVEL=WARNING $(VLLM)/bin/python -m pytest -q --confcutdir tests/vllm tests/vllm
 
-bench: .venv/installed
+bench: .venv/installed-serve
 	$(BIN)/python -m flexirl.bench
 	$(BIN)/python -m flexirl.bench startup
 	$(BIN)/python -m flexirl.bench live
+	$(BIN)/python -m flexirl.bench serving
 
 clean:
 	rm -rf .venv $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Program: measures speeds, as ratios where there is a peer: `python -m flexirl.bench [startup|live|serving|kernels]`."""
+"""Program: measures speeds, as ratios where there is a peer: `python -m flexirl.bench [NAME]`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Program: what serving over HTTP costs: `python -m flexirl.bench serving [--quick] [--output outputs/bench_serving.json]`.
+"""Program: what serving over HTTP costs: `python -m flexirl.bench serving [--quick] [--output PATH.json]`.
 
 The tiny model on a CPU, PyTorch on one thread, server and clients on one machine. What a streamed token and a line of a
 batch cost beside the same requests on the engine alone; and how long immediate requests wait with and without a full
@@ -35,7 +35,7 @@ from flexirl.runtime.models.loading import load_model
 from flexirl.runtime.profile.engine import load_profile
 from flexirl.serving.bodies import TEXT
 from flexirl.workloads.slo import SLO
-from flexirl.workloads.trace import DEFERRED
+from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 POLICIES = ("keep_cache", "pretrained", "vllm_priority")
 STREAMS, STREAMED_TOKENS = 16, 128
@@ -53,14 +53,8 @@ def server(policy: str) -> Iterator[str]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        words = [
-            f"policy={policy}",
-            f"server.port={port}",
-            "server.data_dir=data",
-            "hydra.run.dir=run",
-            "refuse_after=null",
-        ]
-        command = [sys.executable, "-m", "flexirl.serve", *words, "server.drain_s=1"]
+        words = [f"policy={policy}", f"server.port={port}", "server.data_dir=data", "server.drain_s=1"]
+        command = [sys.executable, "-m", "flexirl.serve", *words, "hydra.run.dir=run", "refuse_after=null"]
         with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL) as process:
             url = f"http://127.0.0.1:{port}"
             try:
@@ -157,8 +151,8 @@ class _Alone:
             self._number += 1
             self._engine.add_request(
                 Request(
-                    str(self._number), prompt, max_tokens, sampling=Sampling(ignore_eos=True),
-                    listener=hear if listen else None, **({} if listen else {"request_class": DEFERRED}),
+                    str(self._number), prompt, max_tokens, IMMEDIATE if listen else DEFERRED,
+                    Sampling(ignore_eos=True), listener=hear if listen else None,
                 )
             )  # fmt: skip
         for _ in prompts:

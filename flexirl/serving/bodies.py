@@ -178,6 +178,17 @@ def of_validation(error: ValidationError) -> ApiError:
     return ApiError(400, f"{name}: {first['msg']}, not {value}.", code="invalid_value", param=field)
 
 
+def described(body: type[BaseModel]) -> dict[str, Any]:
+    """What the description of the interface says of a body, for a route that reads it by itself."""
+    schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+    definitions = schema.pop("$defs", {})
+    text = json.dumps(schema)
+    for name, definition in definitions.items():  # none of them refers to another
+        text = text.replace(json.dumps({"$ref": f"#/components/schemas/{name}"}), json.dumps(definition))
+    content = {"application/json": {"schema": json.loads(text)}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
 def read_json(data: bytes) -> Any:
     """What JSON says in UTF-8; raises ApiError for anything else, however odd, half a surrogate pair included."""
     try:

@@ -12,7 +12,7 @@ from starlette.datastructures import FormData, UploadFile
 
 from flexirl.errors import UserError
 from flexirl.serving.batch_input import window_s
-from flexirl.serving.bodies import CHAT, TEXT, is_utf8, of_validation, read_json
+from flexirl.serving.bodies import CHAT, TEXT, described, is_utf8, of_validation, read_json
 from flexirl.serving.errors import ApiError
 from flexirl.serving.service import Service
 from flexirl.serving.tenants import Tenant
@@ -21,6 +21,16 @@ from flexirl.serving.views import batch_object, file_object, page
 router = APIRouter(prefix="/v1")
 PURPOSES = ("batch", "assistants", "fine-tune", "vision", "user_data", "evals")
 _EXPIRES = (3600, 30 * 86400)  # seconds, as OpenAI has it
+_UPLOAD = {
+    "type": "object",
+    "required": ["file", "purpose"],
+    "properties": {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"type": "string", "enum": list(PURPOSES)},
+        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+        "expires_after[seconds]": {"type": "integer", "minimum": _EXPIRES[0], "maximum": _EXPIRES[1]},
+    },
+}
 _NAME = 255  # characters of a file's name
 
 
@@ -56,7 +66,10 @@ def _who(request: Request) -> tuple[Service, Tenant]:
 # --------------------------------------------------------------------------------------------------------- files
 
 
-@router.post("/files")
+@router.post(
+    "/files",
+    openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _UPLOAD}}}},
+)
 async def upload(request: Request) -> dict[str, Any]:
     """Takes a file in; a form with `file`, `purpose`, and perhaps `expires_after[seconds]`."""
     service, tenant = _who(request)
@@ -129,10 +142,7 @@ def delete_file(request: Request, file_id: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- batches
 
 
-@router.post(
-    "/batches",
-    openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}},
-)
+@router.post("/batches", openapi_extra=described(BatchBody))
 async def create_batch(request: Request) -> dict[str, Any]:
     """Has the requests of a file answered by and by."""
     service, tenant = _who(request)

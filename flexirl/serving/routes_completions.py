@@ -11,31 +11,20 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from flexirl.serving.bodies import CHAT, TEXT, ChatBody, TextBody, read_json
+from flexirl.serving.bodies import CHAT, TEXT, ChatBody, TextBody, described, read_json
 from flexirl.serving.errors import ApiError
 from flexirl.serving.service import Service
 
 router = APIRouter()
 
 
-def _schema(body: type[ChatBody | TextBody]) -> dict[str, Any]:
-    """What the description of the interface says of a body."""
-    schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
-    definitions = schema.pop("$defs", {})
-    text = json.dumps(schema)
-    for name, definition in definitions.items():  # none of them refers to another
-        text = text.replace(json.dumps({"$ref": f"#/components/schemas/{name}"}), json.dumps(definition))
-    content = {"application/json": {"schema": json.loads(text)}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-@router.post(CHAT, openapi_extra=_schema(ChatBody))
+@router.post(CHAT, openapi_extra=described(ChatBody))
 async def chat(request: Request) -> Response:
     """The next turn of a chat."""
     return await _complete(request, CHAT)
 
 
-@router.post(TEXT, openapi_extra=_schema(TextBody))
+@router.post(TEXT, openapi_extra=described(TextBody))
 async def text(request: Request) -> Response:
     """How a text goes on."""
     return await _complete(request, TEXT)

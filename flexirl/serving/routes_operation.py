@@ -6,17 +6,18 @@ import asyncio
 import hashlib
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from pydantic import BaseModel
 
 from flexirl.errors import UserError
 from flexirl.policies.deploy.learned import load_policy
 from flexirl.policies.interface.policy import Policy
 from flexirl.policies.registry import PRETRAINED, make_policy
 from flexirl.policies.rules import rule_names
-from flexirl.serving.bodies import read_json
+from flexirl.serving.bodies import described, read_json
 from flexirl.serving.errors import ApiError
 from flexirl.serving.local import LocalBackend
 from flexirl.serving.service import Service
@@ -24,6 +25,13 @@ from flexirl.serving.service import Service
 router = APIRouter()
 _PAGE = Path(__file__).parent / "status.html"
 POLICIES = (*rule_names(), PRETRAINED)  # by name; others are sent as files
+
+
+class PolicyBody(BaseModel):
+    """A rule by its name, or the policy before; a file is sent as it is."""
+
+    name: str | None = None
+    back: Literal[True] | None = None
 
 
 def _service(request: Request) -> Service:
@@ -93,7 +101,7 @@ async def policy(request: Request) -> dict[str, Any]:
 
 @router.post(
     "/admin/policy",
-    openapi_extra={"requestBody": {"content": {"application/json": {"schema": {"type": "object"}}}}},
+    openapi_extra=described(PolicyBody),
 )
 async def deploy(request: Request) -> dict[str, Any]:
     """Puts another policy in charge: an .onnx file as the body, or {"name": a rule} or {"back": true} as JSON."""

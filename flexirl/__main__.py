@@ -15,6 +15,7 @@ PROGRAMS = {
     "validate": "holds the surrogate against a recorded run",
     "generate": "runs a file of immediate and deferred prompts on the live engine",
     "serve": "answers OpenAI's interface: immediate requests, files and batches",
+    "load": "plays a workload against a server",
     "run-batch": "has a file of requests answered without a server",
     "deploy": "puts a policy in charge of a running server",
     "key": "makes an API key for a tenant of a server",

@@ -26,7 +26,7 @@ from flexirl.experiments.records import kept_in, remove_if_bare
 from flexirl.experiments.renamed import check_names_of_settings
 from flexirl.experiments.values import CONF, check_values
 
-_EXTRAS = {"serve": "serve", "run_batch": "serve"}  # of programs that take what others do not
+_EXTRAS = {"serve": "serve", "run_batch": "serve", "load": "serve"}  # of programs that take what others do not
 
 
 def run_program(name: str, config_name: str | None = None) -> None:

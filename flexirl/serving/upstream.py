@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import math
 from collections.abc import AsyncIterator
 from typing import Any
@@ -21,7 +20,6 @@ from flexirl.serving.errors import ApiError
 from flexirl.workloads.trace import DEFERRED
 
 _CONNECT_S = 10.0
-logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
 _LOOK_S = 5.0  # between two looks at the server's health
 _LONGEST_S = 3600.0  # that an answer is waited for
 

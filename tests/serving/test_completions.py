@@ -22,24 +22,14 @@ import PIL.Image
 import pytest
 import torch
 from openai import OpenAI
-from serving_toys import line, make_service, serving
-from toys import toy_engine
+from served import Served
+from serving_toys import line
 from transformers import AutoModelForCausalLM
 
-from flexirl.policies.registry import PRETRAINED_FILE, make_policy
-from flexirl.runtime.models.executor import ModelExecutor
-from flexirl.runtime.models.loading import LoadedModel, load_model
+from flexirl.policies.registry import PRETRAINED_FILE
+from flexirl.runtime.models.loading import load_model
 from flexirl.runtime.models.tiny import tiny_model
-from flexirl.serving.local import LocalBackend, LocalOptions
-from flexirl.serving.metrics import Metrics
 from flexirl.serving.token_text import TokenText
-from flexirl.workloads.slo import SLO
-
-ENGINE: dict[str, float] = {
-    "kv_blocks": 400, "host_kv_blocks": 0, "block_size": 16, "max_running": 8, "max_tokens_per_step": 512,
-    "max_model_len": 1024, "prefix_caching": 1,
-}  # fmt: skip
-PROMISE = SLO(ttft_s=1.0, tpot_s=0.05)
 
 
 @cache
@@ -48,28 +38,11 @@ def alone() -> Any:
     return AutoModelForCausalLM.from_pretrained(tiny_model("tiny"))
 
 
-class Served:
-    """A service on a model, and a client of it."""
-
-    def __init__(self, model: LoadedModel, folder: Path, **options: Any) -> None:
-        self.model, self.metrics = model, Metrics()
-        executor = ModelExecutor(model, toy_engine(**ENGINE))
-        policy = make_policy("qoserve")
-        self.backend = LocalBackend(model, executor, policy, PROMISE, self.metrics, LocalOptions(64, **options))
-        self.metrics.watch(self.backend.figures)
-        self._serving = serving(make_service(self.backend, folder, self.metrics))
-        self.url = self._serving.__enter__()
-        self.client = OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
-
-    def close(self) -> None:
-        self.client.close()
-        self._serving.__exit__(None, None, None)
-
-    def generate(self, prompt: str, max_tokens: int) -> list[int]:
-        """The likeliest tokens by Transformers."""
-        tokens = torch.tensor([self.model.tokenizer(prompt)["input_ids"]])
-        output = alone().generate(tokens, max_new_tokens=max_tokens, do_sample=False, pad_token_id=0)
-        return output[0, tokens.shape[1] :].tolist()
+def generate(prompt: str, max_tokens: int) -> list[int]:
+    """The likeliest tokens by Transformers."""
+    tokens = torch.tensor([load_model("tiny").tokenizer(prompt)["input_ids"]])
+    output = alone().generate(tokens, max_new_tokens=max_tokens, do_sample=False, pad_token_id=0)
+    return output[0, tokens.shape[1] :].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +63,7 @@ def chat(client: OpenAI, text: str, **options: Any) -> Any:
 
 
 def text_of(served: Served, prompt: str, max_tokens: int) -> str:
-    tokens = served.generate(prompt, max_tokens)
+    tokens = generate(prompt, max_tokens)
     return str(served.model.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
@@ -153,7 +126,7 @@ def test_log_probabilities_are_the_model_s(served: Served, client: OpenAI) -> No
     answer = client.completions.create(model="tiny", prompt="abc", max_tokens=3, temperature=0, logprobs=2)
     logprobs = answer.choices[0].logprobs
     assert logprobs is not None and logprobs.token_logprobs is not None and logprobs.top_logprobs is not None
-    tokens = served.model.tokenizer("abc")["input_ids"] + served.generate("abc", 3)
+    tokens = served.model.tokenizer("abc")["input_ids"] + generate("abc", 3)
     with torch.no_grad():
         logits = alone()(torch.tensor([tokens])).logits[0, 2:-1]
     expected = torch.log_softmax(logits, -1)

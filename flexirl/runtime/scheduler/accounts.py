@@ -17,6 +17,8 @@ from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 PERCENTILES = (50, 90, 95, 99)
 _CACHED = ("admitted_prompt", "found_prompt")
+# Of the figures of `of_requests`, those that come first in a row.
+_FIRST = ("value_per_s", "revenue_per_s", "immediate_attainment", "given_up", "immediate_goodput_tokens_per_s")
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,6 @@ def account(state: State, before: Snapshot, since_s: float, prices: Prices) -> d
     end_s = float(state.scheduler["now_s"][0])
     span_s = end_s - since_s
     requests = state.requests[state.requests["status"] != FUTURE]
-    immediate = requests[(requests["request_class"] == IMMEDIATE) & (requests["arrival_s"] >= since_s)]
-    windowed = requests[(requests["request_class"] == DEFERRED) & np.isfinite(requests["deadline_s"])]
-
-    kept = (requests["status"] == FINISHED) & (requests["missed"] == 0)
-    paid = requests[kept & (requests["finish_s"] >= since_s)]
-    paid_immediate = paid[paid["request_class"] == IMMEDIATE]
-    goodput_tokens = paid_immediate["prompt_tokens"] + paid_immediate["output_tokens"]
     deferred_now, deferred_before = state.classes[DEFERRED], before.classes[DEFERRED]
     deferred_tokens = sum(int(deferred_now[name] - deferred_before[name]) for name in ("prompt_done", "output_done"))
 
@@ -87,28 +82,16 @@ def account(state: State, before: Snapshot, since_s: float, prices: Prices) -> d
         return (state.scheduler[name] - before.scheduler[name])[0].item()
 
     iterations, busy_s = total("iterations"), total("busy_s")
-    ttft_s, tpot_s, e2e_s = latencies(immediate, end_s)
-    ended = requests[(requests["status"] == FINISHED) & (requests["finish_s"] >= since_s)]
-    patience = float(state.scheduler["patience"][0])
-    gave_up = requests[gave_up_in(requests, patience, since_s, end_s)]
-    value = float((prices.of(ended) * worth(ended, patience)).sum()) - prices.given_up * float(prices.of(gave_up).sum())
+    told = of_requests(requests, since_s, end_s, float(state.scheduler["patience"][0]), prices)
     figures: dict[str, float | int | None] = {
-        "value_per_s": value / span_s,
-        "revenue_per_s": float(prices.of(paid).sum()) / span_s,
-        "immediate_attainment": _share_kept(immediate, end_s),
-        "given_up": float(gave_up_in(immediate, patience, since_s, end_s).mean()) if len(immediate) else None,
-        "immediate_goodput_tokens_per_s": float(goodput_tokens.sum()) / span_s,
+        **{name: told.pop(name) for name in _FIRST},
         "prompt_tokens_per_s": tokens["prompt"] / span_s,
         "output_tokens_per_s": tokens["output"] / span_s,
         "deferred_tokens_per_s": deferred_tokens / span_s,
-        "deferred_on_time": _share_kept(windowed, end_s),
+        **{name: told.pop(name) for name in list(told) if name != "e2e_p99_s"},
     }
-    for name, values in (("ttft", ttft_s), ("tpot", tpot_s)):
-        figures[f"{name}_mean_s"] = float(values.mean()) if len(values) else None
-        for p in PERCENTILES:
-            figures[f"{name}_p{p}_s"] = float(np.percentile(values, p)) if len(values) else None
     figures["itl_p99_s"] = histogram_percentile(state.itl_histogram - before.itl_histogram, 99)
-    figures["e2e_p99_s"] = float(np.percentile(e2e_s, 99)) if len(e2e_s) else None
+    figures.update(told)
     for name, c in (("immediate", IMMEDIATE), ("deferred", DEFERRED)):
         admitted, found = (int(state.classes[column][c] - before.classes[column][c]) for column in _CACHED)
         figures[f"{name}_cached"] = found / admitted if admitted else None
@@ -121,6 +104,40 @@ def account(state: State, before: Snapshot, since_s: float, prices: Prices) -> d
     figures["iterations"] = int(iterations)
     figures["jain_fairness"] = jain_fairness(requests, len(state.tenants))
     figures["simulated_s"] = span_s
+    return figures
+
+
+def of_requests(
+    requests: np.ndarray, since_s: float, end_s: float, patience: float, prices: Prices
+) -> dict[str, float | int | None]:
+    """The figures that follow from the requests alone, whoever has seen them: see `account`.
+
+    requests: all that have arrived, with what `REQUEST` has of class, times, deadlines, tokens, status and `missed`.
+    """
+    span_s = end_s - since_s
+    immediate = requests[(requests["request_class"] == IMMEDIATE) & (requests["arrival_s"] >= since_s)]
+    windowed = requests[(requests["request_class"] == DEFERRED) & np.isfinite(requests["deadline_s"])]
+    kept = (requests["status"] == FINISHED) & (requests["missed"] == 0)
+    paid = requests[kept & (requests["finish_s"] >= since_s)]
+    paid_immediate = paid[paid["request_class"] == IMMEDIATE]
+    goodput_tokens = paid_immediate["prompt_tokens"] + paid_immediate["output_tokens"]
+    ended = requests[(requests["status"] == FINISHED) & (requests["finish_s"] >= since_s)]
+    gave_up = requests[gave_up_in(requests, patience, since_s, end_s)]
+    value = float((prices.of(ended) * worth(ended, patience)).sum()) - prices.given_up * float(prices.of(gave_up).sum())
+    figures: dict[str, float | int | None] = {
+        "value_per_s": value / span_s,
+        "revenue_per_s": float(prices.of(paid).sum()) / span_s,
+        "immediate_attainment": _share_kept(immediate, end_s),
+        "given_up": float(gave_up_in(immediate, patience, since_s, end_s).mean()) if len(immediate) else None,
+        "immediate_goodput_tokens_per_s": float(goodput_tokens.sum()) / span_s,
+        "deferred_on_time": _share_kept(windowed, end_s),
+    }
+    ttft_s, tpot_s, e2e_s = latencies(immediate, end_s)
+    for name, values in (("ttft", ttft_s), ("tpot", tpot_s)):
+        figures[f"{name}_mean_s"] = float(values.mean()) if len(values) else None
+        for p in PERCENTILES:
+            figures[f"{name}_p{p}_s"] = float(np.percentile(values, p)) if len(values) else None
+    figures["e2e_p99_s"] = float(np.percentile(e2e_s, 99)) if len(e2e_s) else None
     return figures
 
 

@@ -14,6 +14,7 @@ from flexirl.runtime.models.executor import ModelExecutor
 from flexirl.runtime.models.loading import LoadedModel
 from flexirl.serving.local import LocalBackend, LocalOptions
 from flexirl.serving.metrics import Metrics
+from flexirl.serving.tenants import add_key
 from flexirl.workloads.slo import SLO
 
 ENGINE: dict[str, float] = {
@@ -26,13 +27,14 @@ PROMISE = SLO(ttft_s=1.0, tpot_s=0.05)
 class Served:
     """A service on a model, and a client of it."""
 
-    def __init__(self, model: LoadedModel, folder: Path, **options: Any) -> None:
+    def __init__(self, model: LoadedModel, folder: Path, keys: Path | None = None, **options: Any) -> None:
         self.model, self.metrics = model, Metrics()
+        self.keys = {name: add_key(keys, name) for name in options.get("tenants", ())} if keys else {}
         executor = ModelExecutor(model, toy_engine(**ENGINE))
         policy = make_policy("qoserve")
         self.backend = LocalBackend(model, executor, policy, PROMISE, self.metrics, LocalOptions(64, **options))
         self.metrics.watch(self.backend.figures)
-        self._serving = serving(make_service(self.backend, folder, self.metrics))
+        self._serving = serving(make_service(self.backend, folder, self.metrics, keys=keys))
         self.url = self._serving.__enter__()
         self.client = OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 

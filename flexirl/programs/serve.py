@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 
 import uvicorn
@@ -12,7 +11,7 @@ from flexirl.errors import UserError
 from flexirl.experiments.backends import load_backend
 from flexirl.experiments.program import output_folder
 from flexirl.experiments.values import count_of, number
-from flexirl.serving.app import create_app
+from flexirl.serving.app import create_app, is_local
 from flexirl.serving.batch_runner import BatchRunner
 from flexirl.serving.metrics import Metrics
 from flexirl.serving.service import Service, Tier
@@ -31,7 +30,7 @@ def run(config: DictConfig) -> None:
     drain_s, most = number(server.drain_s, "server.drain_s"), count_of(config.batch_lines, "batch_lines")
     tiers = {str(name): _tier(str(name), tier) for name, tier in config.tiers.items()}
     tenants = Tenants(folder / KEYS)
-    if tenants.open and not _is_loopback(str(server.host)):
+    if tenants.open and not is_local(str(server.host)):
         raise UserError(
             f"server.host={server.host} can be reached from elsewhere and there are no API keys; make one with "
             f"`flexirl key NAME --data-dir {folder}`, or leave server.host at 127.0.0.1."
@@ -55,10 +54,3 @@ def _tier(name: str, values: DictConfig) -> Tier:
         return Tier(**OmegaConf.to_container(values, resolve=True))  # type: ignore[arg-type]
     except TypeError:
         raise UserError(f"tiers.{name}={values} has something other than ttft_s, tpot_s and window_s.") from None
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -62,8 +64,46 @@ def create_app(service: Service) -> FastAPI:
         _LOG.error("%s %s has failed", request.method, request.url.path, exc_info=error)
         return JSONResponse(ApiError(500, "The service failed at this request.").body, 500)
 
+    if service.tenants.open:
+        app.add_middleware(OwnPagesOnly)
     app.add_middleware(BodyLimit, most=_MOST_BODY, of_files=service.most_bytes + _FORM)
     return app
+
+
+class OwnPagesOnly:
+    """Where no key is needed, refuses what a page from elsewhere has a browser on this machine send."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Receive, send: Any) -> None:
+        """See ASGI."""
+        headers = dict(scope.get("headers", ()))
+        host, origin = headers.get(b"host", b"").decode("latin-1"), headers.get(b"origin", b"").decode("latin-1")
+        # A name of somebody else's may be made to lead here.
+        named = _name_in(host)
+        if scope["type"] == "http" and (not is_local(named) or (origin and origin.partition("://")[2] != host)):
+            why = (
+                f"Without API keys only this machine's own pages may ask, not {origin or host}; flexirl key makes one."
+            )
+            await JSONResponse(ApiError(403, why).body, 403)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _name_in(host: str) -> str:
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def is_local(name: str) -> bool:
+    """True for a name or an address of this machine alone."""
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost"
 
 
 class BodyLimit:

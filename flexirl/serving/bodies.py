@@ -14,6 +14,7 @@ from flexirl.serving.errors import ApiError
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MOST_CHOICES = 128
+MOST_ANSWERS = 1024  # to one request
 MOST_STOPS = 4
 _SHOWN = 200  # characters of a value in a sentence
 
@@ -156,6 +157,8 @@ def parse(url: str, fields: Any) -> ChatBody | TextBody:
     except ValidationError as error:
         raise of_validation(error) from None
     if isinstance(body, TextBody):
+        if len(body.prompts) * body.choices > MOST_ANSWERS:
+            raise ApiError(400, f"prompt times n is more than {MOST_ANSWERS} answers; ask for fewer.", param="prompt")
         if body.best_of not in (None, body.choices):
             raise ApiError(400, f"best_of={body.best_of} is not supported; leave it out.", param="best_of")
         if not body.prompt:

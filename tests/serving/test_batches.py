@@ -210,6 +210,21 @@ def test_uploads_that_are_none_are_refused(backend: EchoBackend, tmp_path: Path)
             assert httpx.get(f"{url}/v1/files/{name}/content").status_code == 404
 
 
+@pytest.mark.parametrize(
+    "headers, allowed",
+    [
+        ({}, True), ({"host": "localhost:80"}, True), ({"host": "[::1]:80"}, True), ({"host": "evil.example"}, False),
+        ({"host": "127.0.0.1.evil.example"}, False), ({"host": "["}, False), ({"origin": "http://evil.example"}, False),
+        ({"host": "localhost:80", "origin": "http://localhost:80"}, True), ({"origin": "null"}, False),
+    ],
+)  # fmt: skip
+def test_without_keys_pages_from_elsewhere_are_refused(
+    backend: EchoBackend, tmp_path: Path, headers: dict[str, str], allowed: bool
+) -> None:
+    with serving(make_service(backend, tmp_path)) as url:
+        assert httpx.get(f"{url}/v1/models", headers=headers).status_code == (200 if allowed else 403)
+
+
 def test_tenants_do_not_see_each_other(backend: EchoBackend, tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
     one, two = add_key(keys, "one"), add_key(keys, "two", requests_per_minute=1)

@@ -315,6 +315,22 @@ def test_the_queue_is_limited_and_what_comes_too_late_is_refused(tmp_path: Path)
         served.close()
 
 
+def test_one_tenant_finds_nothing_of_another_s_in_the_cache(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+    clients = {}
+    served = Served(load_model("tiny"), tmp_path / "data", tenants=("one", "two"), keys=keys)
+    try:
+        for name in ("one", "two"):
+            clients[name] = OpenAI(base_url=f"{served.url}/v1", api_key=served.keys[name], max_retries=0)
+        said = "The same long question, word by word, from both of them. " * 3
+        cached = [
+            chat(clients[name], said).usage.prompt_tokens_details.cached_tokens for name in ("one", "two", "one", "two")
+        ]
+        assert cached[:2] == [0, 0] and cached[2] == cached[3] > 100
+    finally:
+        served.close()
+
+
 def test_images_come_inside_messages(tmp_path: Path) -> None:
     served = Served(load_model("tiny-vl"), tmp_path)
     try:

@@ -56,7 +56,7 @@ class Places:
         self._executor, self._slo = executor, slo
         self._intake, self._delivery, self._guard = intake, delivery, guard
         self._tokenizer, self._special = options.tokenizer, special_tokens(options.tokenizer)
-        self._seed = options.seed
+        self._seed, self._separate_caches = options.seed, options.separate_caches
         self._on_end = None if options.on_end is None else Client("on_end", options.on_end)
         self._ended_otherwise = 0  # requests that have ended without finishing, as far as they are reported
 
@@ -111,6 +111,9 @@ class Places:
         arrays.ends_early[r] = not sampling.ignore_eos
         logprobs = -1 if sampling.logprobs is None else sampling.logprobs
         self.sampling[r] = (sampling.temperature, sampling.top_p, sampling.top_k, logprobs)
+        arrays.salts[r] = 0
+        if self._separate_caches:
+            arrays.salts[r, 0] = request.tenant + 1
         row = _row(arrival, self._slo)
         if request.images:
             row["num_images"], row["image_tokens"] = len(request.images), self._executor.check_images(request)
@@ -178,8 +181,6 @@ class Places:
         self.particular -= not output.request.sampling.plain
         self._penalised.discard(r)
         self._swaps.swapped[r] = False
-        if output.request.images:
-            self._arrays.salts[r] = 0
         leave(self._state, r)
         self._guard.call("executor", self._executor.forget, r)
         del self.place_of[output.request.id]

@@ -99,9 +99,10 @@ class LocalBackend:
         await asyncio.to_thread(self._thread.join)
 
     def _new_engine(self) -> LiveEngine:
+        tenants = len(self._options.tenants)
         options = Options(
-            tokenizer=self._model.tokenizer, max_requests=self._options.max_requests,
-            num_tenants=len(self._options.tenants), separate_caches=len(self._options.tenants) > 1, seed=self._options.seed, fallback=self._options.fallback,
+            tokenizer=self._model.tokenizer, max_requests=self._options.max_requests, num_tenants=tenants,
+            separate_caches=tenants > 1, seed=self._options.seed, fallback=self._options.fallback,
             on_end=self._hand_over,
         )  # fmt: skip
         return LiveEngine(self._executor, self.policy, self._slo, options)

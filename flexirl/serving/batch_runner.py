@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from flexirl.serving import batch_input, batch_output
@@ -185,7 +186,9 @@ class BatchRunner:
         pace = self.lines_per_s
         if pace is None:
             return None
-        before = sum(course.row["total"] - course.row["completed"] for course in self._courses.values())
+        before = sum(
+            course.row["total"] - course.row["completed"] - course.row["failed"] for course in self._courses.values()
+        )
         takes_s, has_s = (before + total) / pace, row["expires_at"] - self._store.now()
         if takes_s <= has_s:
             return None
@@ -223,8 +226,16 @@ class BatchRunner:
                 courses.remove(course)
                 continue
             line = course.waiting.popleft()
-            course.running[line.number] = self._spawn(self._answer(course, line))
+            task = course.running[line.number] = self._spawn(self._answer(course, line))
+            # Not in the task itself, which never begins if it is cancelled before.
+            task.add_done_callback(partial(self._came_back, course, line.number))
             free -= 1
+
+    def _came_back(self, course: _Course, number: int, _: asyncio.Task[None]) -> None:
+        del course.running[number]
+        if course.over:
+            self.wake()
+        self._awake.set()
 
     async def _answer(self, course: _Course, line: Line) -> None:
         """Has one line answered, or puts it back."""
@@ -247,14 +258,11 @@ class BatchRunner:
         except Exception as error:  # an answer that nobody foresaw must not hold up the batch
             _LOG.exception("line %d of %s has failed", line.number, row["id"])
             outcome = batch_output.refused(line, ApiError(500, f"The request failed ({error}).", code="server_error"))
-        finally:
-            del course.running[line.number]
-            if outcome is not None:
-                course.unwritten += 1
-                self._outcomes.setdefault(row["id"], []).append(outcome)
-                self._ended.append(time.monotonic())
-                self._to_write.set()
-            self._awake.set()
+        if outcome is not None:
+            course.unwritten += 1
+            self._outcomes.setdefault(row["id"], []).append(outcome)
+            self._ended.append(time.monotonic())
+            self._to_write.set()
 
     async def _write(self) -> None:
         """Keeps outcomes, as many at a time as have come while the last ones were written."""

@@ -22,6 +22,7 @@ from flexirl.runtime.live.engine import LiveEngine
 from flexirl.runtime.live.guarded import words
 from flexirl.runtime.live.options import Options
 from flexirl.runtime.live.requests import ERROR, Completion, EngineClosed, EngineFull, Request, Update
+from flexirl.runtime.live.sampling import Sampling
 from flexirl.runtime.profile.step_time import prefill_slope
 from flexirl.serving.answers import Answer
 from flexirl.serving.backend import Terms
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 _RESTARTS, _WITHIN_S = 3, 60.0  # an engine that fails more often than this stays down
+_WARM_UP = "warm-up"  # a request that nobody has sent
 _ENDED_BADLY = {"cancelled": 499, "expired": 408}
 
 
@@ -89,6 +91,7 @@ class LocalBackend:
         """See `Backend.start`."""
         self._loop = asyncio.get_running_loop()
         self._engine = await asyncio.to_thread(self._new_engine)
+        await asyncio.to_thread(self._warm_up)
         self.trouble = None
         self._thread.start()
 
@@ -106,6 +109,12 @@ class LocalBackend:
             on_end=self._hand_over,
         )  # fmt: skip
         return LiveEngine(self._executor, self.policy, self._slo, options)
+
+    def _warm_up(self) -> None:
+        """Lets nobody wait for what takes long the first time only, greedy or not."""
+        for sampling in (Sampling(), Sampling(temperature=1.0, top_p=0.9, logprobs=1)):
+            self._engine.add_request(Request(_WARM_UP, [0], 2, sampling=sampling))
+            self._engine.drain()
 
     def _run(self) -> None:
         while not self._closing:
@@ -133,7 +142,8 @@ class LocalBackend:
         return True
 
     def _hand_over(self, completion: Completion) -> None:
-        self._loop.call_soon_threadsafe(self._ended, completion)
+        if completion.id != _WARM_UP:
+            self._loop.call_soon_threadsafe(self._ended, completion)
 
     # ------------------------------------------------------------------------------------------------- the event loop
 

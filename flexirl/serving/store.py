@@ -80,9 +80,10 @@ class Store:
         self._sweep()
 
     def close(self) -> None:
-        """Lets folder and database go."""
-        self._database.dispose()
-        self._lock_file.close()
+        """Lets folder and database go, once what is being written is."""
+        with self._writing:
+            self._database.dispose()
+            self._lock_file.close()
 
     def now(self) -> int:
         """Seconds since 1970."""

@@ -1,6 +1,6 @@
 """The process is killed at random moments, again and again: no answer is lost, none is written twice.
 
-FLEXIRL_TEST_KILLS: how often (10), on SQLite and, where it is installed, on PostgreSQL.
+FLEXIRL_TEST_KILLS: how often (5), on SQLite and, where it is installed, on PostgreSQL.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flexirl.serving.database import open_database
 from flexirl.serving.store import OPEN, Line, Outcome, Store
 from flexirl.serving.tables import metadata
 
-KILLS = int(os.environ.get("FLEXIRL_TEST_KILLS", "10"))
+KILLS = int(os.environ.get("FLEXIRL_TEST_KILLS", "5"))
 LINES, BATCHES = 300, 3
 
 WORKER = f"""

@@ -224,6 +224,8 @@ class BatchRunner:
                 course.all_read = len(page) < _PAGE
             if not course.waiting or course.ends_as is not None:
                 courses.remove(course)
+                if course.over:
+                    self.wake()
                 continue
             line = course.waiting.popleft()
             task = course.running[line.number] = self._spawn(self._answer(course, line))

@@ -12,7 +12,7 @@ import math
 from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx
+import aiohttp
 
 from flexirl.errors import UserError
 from flexirl.serving.backend import Terms
@@ -21,6 +21,7 @@ from flexirl.workloads.trace import DEFERRED
 
 _CONNECT_S = 10.0
 _LOOK_S = 5.0  # between two looks at the server's health
+_LONGEST_EVENT = 4 << 20  # bytes of a streamed event
 _LONGEST_S = 3600.0  # that an answer is waited for
 
 
@@ -28,22 +29,25 @@ class UpstreamBackend:
     """See `Backend`. url: of the server, without /v1; key: a bearer token, None for none; hints: whether the server
     takes `priority` and `vllm_xargs`; others are told with OpenAI's `service_tier`, which knows less."""
 
-    def __init__(self, url: str, key: str | None = None, hints: bool = True, most: int = 4096) -> None:
+    def __init__(self, url: str, key: str | None = None, hints: bool = True) -> None:
         self.models: tuple[str, ...] = ()
         self.trouble: str | None = "The server behind has not been asked yet."
         self._url, self._hints, self._open = url.rstrip("/").removesuffix("/v1"), hints, {"immediate": 0, "deferred": 0}
-        limits = httpx.Limits(max_connections=most, max_keepalive_connections=most)
-        headers = {} if key is None else {"authorization": f"Bearer {key}"}
-        timeout = httpx.Timeout(_LONGEST_S, connect=_CONNECT_S)
-        self._client = httpx.AsyncClient(base_url=self._url, headers=headers, limits=limits, timeout=timeout)
+        self._headers = {} if key is None else {"authorization": f"Bearer {key}"}
 
     async def start(self) -> None:
         """See `Backend.start`."""
+        timeout = aiohttp.ClientTimeout(total=_LONGEST_S, sock_connect=_CONNECT_S)
+        connector = aiohttp.TCPConnector(limit=0)  # how many requests are open is not this one's to say
+        self._session = aiohttp.ClientSession(
+            headers=self._headers, timeout=timeout, connector=connector, read_bufsize=_LONGEST_EVENT
+        )
         try:
-            answer = await self._client.get("/v1/models")
-            answer.raise_for_status()
-            self.models = tuple(str(entry["id"]) for entry in answer.json()["data"])
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+            async with self._session.get(f"{self._url}/v1/models") as answer:
+                answer.raise_for_status()
+                self.models = tuple(str(entry["id"]) for entry in (await answer.json())["data"])
+        except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError) as error:
+            await self._session.close()
             raise UserError(f"upstream={self._url} does not list its models ({error}); start it first.") from None
         if not self.models:
             raise UserError(f"upstream={self._url} serves no model.")
@@ -53,14 +57,15 @@ class UpstreamBackend:
     async def close(self) -> None:
         """See `Backend.close`."""
         self._watching.cancel()
-        await self._client.aclose()
+        await self._session.close()
 
     async def _watch(self) -> None:
         while True:
             try:
-                answer = await self._client.get("/v1/models", timeout=_LOOK_S)
-                self.trouble = None if answer.is_success else f"The server behind answers {answer.status_code}."
-            except httpx.HTTPError as error:
+                timeout = aiohttp.ClientTimeout(_LOOK_S)
+                async with self._session.get(f"{self._url}/v1/models", timeout=timeout) as answer:
+                    self.trouble = None if answer.ok else f"The server behind answers {answer.status}."
+            except (aiohttp.ClientError, TimeoutError) as error:
                 self.trouble = f"The server behind does not answer ({type(error).__name__})."
             await asyncio.sleep(_LOOK_S)
 
@@ -68,13 +73,14 @@ class UpstreamBackend:
         """See `Backend.answer`."""
         try:
             with self._counted(terms):
-                answer = await self._client.post(url, json=self._told(fields, terms))
-        except httpx.HTTPError as error:
+                async with self._session.post(self._url + url, json=self._told(fields, terms)) as answer:
+                    data = await answer.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise _unreachable(error) from None
-        if not answer.is_success:
-            raise _handed_on(answer.status_code, answer.content, answer.headers)
+        if not answer.ok:
+            raise _handed_on(answer, data)
         try:
-            body = answer.json()
+            body = json.loads(data)
         except ValueError:
             body = None
         if not isinstance(body, dict):
@@ -83,29 +89,27 @@ class UpstreamBackend:
 
     async def stream(self, url: str, fields: dict[str, Any], terms: Terms) -> AsyncIterator[dict[str, Any]]:
         """See `Backend.stream`."""
-        request = self._client.build_request("POST", url, json=self._told(fields, terms))
         try:
-            answer = await self._client.send(request, stream=True)
-        except httpx.HTTPError as error:
+            answer = await self._session.post(self._url + url, json=self._told(fields, terms))
+            if not answer.ok:
+                async with answer:
+                    raise _handed_on(answer, await answer.read())
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise _unreachable(error) from None
-        if not answer.is_success:
-            data = await answer.aread()
-            await answer.aclose()
-            raise _handed_on(answer.status_code, data, answer.headers)
         return self._chunks(answer, terms)
 
-    async def _chunks(self, answer: httpx.Response, terms: Terms) -> AsyncIterator[dict[str, Any]]:
+    async def _chunks(self, answer: aiohttp.ClientResponse, terms: Terms) -> AsyncIterator[dict[str, Any]]:
         try:
             with self._counted(terms):
-                async for line in answer.aiter_lines():
-                    data = line.removeprefix("data:").strip()
-                    if data == "[DONE]" or not line.startswith("data:"):
+                async for line in answer.content:
+                    data = line.removeprefix(b"data:").strip()
+                    if data == b"[DONE]" or not line.startswith(b"data:"):
                         continue
                     yield json.loads(data)
-        except httpx.HTTPError as error:
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             raise _unreachable(error) from None
         finally:
-            await answer.aclose()
+            answer.close()
 
     def _counted(self, terms: Terms) -> _Counted:
         return _Counted(self._open, "deferred" if terms.request_class == DEFERRED else "immediate")
@@ -146,17 +150,18 @@ class _Counted:
         self._counts[self._name] -= 1
 
 
-def _unreachable(error: httpx.HTTPError) -> ApiError:
+def _unreachable(error: Exception) -> ApiError:
     return ApiError(502, f"The server behind does not answer ({type(error).__name__}: {error}).", retry_after_s=1)
 
 
-def _handed_on(status: int, data: bytes, headers: httpx.Headers) -> ApiError:
+def _handed_on(answer: aiohttp.ClientResponse, data: bytes) -> ApiError:
     """The error of the server behind as our own."""
     try:
         error = json.loads(data)
         error = error.get("error", error)
         message, code, param = str(error["message"]), error.get("code"), error.get("param")
     except (ValueError, KeyError, TypeError, AttributeError):
-        message, code, param = f"The server behind answered {status}.", None, None
-    wait = headers.get("retry-after", "")
-    return ApiError(status, message, None if code is None else str(code), param, int(wait) if wait.isdigit() else None)
+        message, code, param = f"The server behind answered {answer.status}.", None, None
+    wait = answer.headers.get("retry-after", "")
+    wait_s = int(wait) if wait.isdigit() else None
+    return ApiError(answer.status, message, None if code is None else str(code), param, wait_s)

@@ -20,10 +20,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     import httpx
 
+    from flexirl.errors import UserError
+    from flexirl.serving.tenants import read_key
+
     try:
-        headers = {}
-        if options.key_file is not None:
-            headers["authorization"] = f"Bearer {options.key_file.read_text().strip()}"
+        key = read_key(options.key_file)
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
         with httpx.Client(base_url=options.url, headers=headers, timeout=30) as client:
             if options.back:
                 answer = client.post("/admin/policy", json={"back": True})
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         body = answer.json()
         if not answer.is_success:
             raise ValueError(body["error"]["message"])
-    except (OSError, httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+    except (UserError, OSError, httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     before = f", {body['previous']} before" if body["previous"] else ""

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from omegaconf import DictConfig
 
-from flexirl.errors import UserError
 from flexirl.experiments.configuration import load_executor, load_rule, load_slo
 from flexirl.experiments.values import count_of, flag_of, number, seed_of
 from flexirl.policies.registry import make_policy
 from flexirl.serving.backend import Backend
 from flexirl.serving.local import LocalBackend, LocalOptions
 from flexirl.serving.metrics import Metrics
-from flexirl.serving.tenants import Tenants
+from flexirl.serving.tenants import Tenants, read_key
 from flexirl.serving.upstream import UpstreamBackend
 
 _FALLBACK = "qoserve"  # decides where the policy fails
@@ -23,7 +20,7 @@ def load_backend(config: DictConfig, metrics: Metrics, tenants: Tenants) -> Back
     """What `upstream` names, else an engine on `model`; raises UserError for what cannot be."""
     if config.upstream is not None:
         return UpstreamBackend(
-            str(config.upstream), _key(config.upstream_key_file), flag_of(config.upstream_hints, "upstream_hints")
+            str(config.upstream), read_key(config.upstream_key_file), flag_of(config.upstream_hints, "upstream_hints")
         )
     refuse_after = config.get("refuse_after")
     options = LocalOptions(
@@ -35,12 +32,3 @@ def load_backend(config: DictConfig, metrics: Metrics, tenants: Tenants) -> Back
     policy, slo = load_rule(config.policy), load_slo(config.slo)
     model, executor = load_executor(config)
     return LocalBackend(model, executor, policy, slo, metrics, options)
-
-
-def _key(path: str | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return Path(path).read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"upstream_key_file={path} cannot be read ({error}).") from None

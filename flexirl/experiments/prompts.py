@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexirl.errors import UserError
-from flexirl.runtime.live.requests import Image, Request, Update, is_text
+from flexirl.runtime.live.requests import Image, Request, Update
 from flexirl.runtime.live.sampling import Sampling
+from flexirl.text import is_text
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import csv
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,6 +21,7 @@ from flexirl.experiments.values import count_of, seed_of
 from flexirl.progress import progress_bar
 from flexirl.runtime.profile.capacity import shares_lost
 from flexirl.serving.load import Play, figures
+from flexirl.serving.tenants import read_key
 from flexirl.workloads.trace import IMMEDIATE, Trace
 
 _ANSWER_S = 600.0  # waited for
@@ -31,9 +31,8 @@ def run(config: DictConfig) -> None:
     """Plays, prints and writes; raises UserError for bad configuration, and for a server that does not answer."""
     folder, seed = output_folder(), seed_of(config.seed)
     task, tokens = load_task(config), count_of(config.tokens, "tokens")
-    headers = {}
-    if config.key_file is not None:
-        headers["authorization"] = f"Bearer {Path(str(config.key_file)).read_text().strip()}"
+    key = read_key(config.key_file)
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
     (trace,) = episodes(task, 1, seed)
     record_run(config, "load", folder)
     with progress_bar(len(trace), " requests", config.progress) as progress:

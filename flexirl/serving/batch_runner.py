@@ -17,16 +17,14 @@ from functools import partial
 from typing import Any
 
 from flexirl.serving import batch_input, batch_output
-from flexirl.serving.backend import Backend, Terms
+from flexirl.serving.backend import Backend
 from flexirl.serving.batch_input import BadInput
-from flexirl.serving.errors import ApiError
+from flexirl.serving.batch_line import answer_line
 from flexirl.serving.metrics import Metrics
 from flexirl.serving.store import Line, Outcome, Row, Store
-from flexirl.workloads.trace import DEFERRED
 
 _LOG = logging.getLogger(__name__)
-_TRIES = 3  # of a line, where the fault is the service's
-_PAUSE_S = 1.0  # before a line that could not be served is sent again
+_PAUSE_S = 1.0  # before outcomes that could not be kept are written again
 _LOOK_S = 0.5  # between two looks at what falls due
 _EXPIRE_FILES_S = 60.0
 _PAGE = 256  # lines read from the store at once
@@ -44,7 +42,6 @@ class _Course:
     all_read: bool = False
     running: dict[int, asyncio.Task[None]] = field(default_factory=dict)
     unwritten: int = 0
-    tries: dict[int, int] = field(default_factory=dict)
     ends_as: str | None = None  # once no further line is to be answered
 
     @property
@@ -96,13 +93,10 @@ class BatchRunner:
         self._changed = True
         self._awake.set()
 
-    def figures(self) -> list[dict[str, Any]]:
-        """What there is to know of the batches in progress, for the status page."""
-        return [
-            {"id": batch_id, "tenant": course.row["tenant"], "running": len(course.running),
-             "expires_at": course.row["expires_at"]}
-            for batch_id, course in self._courses.items()
-        ]  # fmt: skip
+    def running(self, batch_id: str) -> int:
+        """Lines of a batch that are with the backend now."""
+        course = self._courses.get(batch_id)
+        return 0 if course is None else len(course.running)
 
     @property
     def lines_per_s(self) -> float | None:
@@ -189,7 +183,7 @@ class BatchRunner:
         before = sum(
             course.row["total"] - course.row["completed"] - course.row["failed"] for course in self._courses.values()
         )
-        takes_s, has_s = (before + total) / pace, row["expires_at"] - self._store.now()
+        takes_s, has_s = (before + total) / pace, self._left_s(row)
         if takes_s <= has_s:
             return None
         return (
@@ -240,31 +234,18 @@ class BatchRunner:
         self._awake.set()
 
     async def _answer(self, course: _Course, line: Line) -> None:
-        """Has one line answered, or puts it back."""
-        row, outcome = course.row, None
-        try:
-            path = self._store.path(row["input_file_id"])
-            url, body = await asyncio.to_thread(batch_input.read, path, line)
-            window_s = max(row["expires_at"] - self._store.now(), 1)
-            terms = Terms(DEFERRED, window_s=float(window_s), tenant=row["tenant"], tier="flex")
-            fields = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
-            answer = await self._backend.answer(url, fields, terms)
-            outcome = batch_output.answered(line, answer)
-        except ApiError as error:
-            tries = course.tries[line.number] = course.tries.get(line.number, 0) + (error.status != 429)
-            if not error.passes or tries >= _TRIES:
-                outcome = batch_output.refused(line, error)
-            elif course.ends_as is None:
-                await asyncio.sleep(error.retry_after_s or _PAUSE_S)
-                course.waiting.appendleft(line)
-        except Exception as error:  # an answer that nobody foresaw must not hold up the batch
-            _LOG.exception("line %d of %s has failed", line.number, row["id"])
-            outcome = batch_output.refused(line, ApiError(500, f"The request failed ({error}).", code="server_error"))
-        if outcome is not None:
-            course.unwritten += 1
-            self._outcomes.setdefault(row["id"], []).append(outcome)
-            self._ended.append(time.monotonic())
-            self._to_write.set()
+        """Has one line answered, and its outcome kept by and by."""
+        row = course.row
+        path = self._store.path(row["input_file_id"])
+        left_s = partial(self._left_s, row)
+        outcome = await answer_line(self._backend, path, line, left_s, row["tenant"])
+        course.unwritten += 1
+        self._outcomes.setdefault(row["id"], []).append(outcome)
+        self._ended.append(time.monotonic())
+        self._to_write.set()
+
+    def _left_s(self, row: Row) -> float:
+        return float(row["expires_at"] - self._store.now())
 
     async def _write(self) -> None:
         """Keeps outcomes, as many at a time as have come while the last ones were written."""

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flexirl.serving.errors import ApiError
+from flexirl.text import is_text
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MOST_CHOICES = 128
@@ -196,7 +197,7 @@ def read_json(data: bytes) -> Any:
     """What JSON says in UTF-8; raises ApiError for anything else, however odd, half a surrogate pair included."""
     try:
         value = json.loads(data.decode(), parse_constant=_refuse_constant)
-        if b"\\ud" in data.lower() and not is_utf8(json.dumps(value, ensure_ascii=False)):
+        if b"\\ud" in data.lower() and not is_text(json.dumps(value, ensure_ascii=False)):
             raise ValueError("half a surrogate pair is no text")
         return value
     except UnicodeDecodeError:
@@ -205,15 +206,6 @@ def read_json(data: bytes) -> Any:
         raise ApiError(400, "The body is nested too deeply.", code="invalid_json") from None
     except ValueError as error:  # a number of thousands of digits, too
         raise ApiError(400, f"The body is not JSON ({str(error)[:_SHOWN]}).", code="invalid_json") from None
-
-
-def is_utf8(text: str) -> bool:
-    """True if UTF-8 can write it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _refuse_constant(name: str) -> Any:

@@ -60,8 +60,9 @@ class Metrics:
                 tpot_s = (completion.e2e_s - completion.ttft_s) / (output - 1)
                 self._tpot.labels(name).observe(tpot_s)
         self._e2e.labels(name).observe(completion.e2e_s)
-        if completion.finish_reason == "cancelled":
-            return
+        late = completion.ttft_s is None and completion.e2e_s > (request.ttft_s or slo.ttft_s)
+        if completion.finish_reason == "cancelled" and not (request.immediate and late):
+            return  # whoever goes before the promise is broken has not been let down
         kept = completion.ttft_s is not None and completion.finish_reason in ("stop", "length")
         if request.immediate:
             kept = kept and (completion.ttft_s or 0.0) <= (request.ttft_s or slo.ttft_s)

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexirl.errors import UserError
-from flexirl.runtime.live.requests import Image, is_text
+from flexirl.runtime.live.requests import Image
 from flexirl.runtime.live.sampling import Sampling
 from flexirl.serving.bodies import ChatBody, Message, TextBody
 from flexirl.serving.errors import ApiError
+from flexirl.text import is_text
 
 if TYPE_CHECKING:
     from flexirl.runtime.models.loading import LoadedModel

@@ -12,11 +12,12 @@ from starlette.datastructures import FormData, UploadFile
 
 from flexirl.errors import UserError
 from flexirl.serving.batch_input import window_s
-from flexirl.serving.bodies import CHAT, TEXT, described, is_utf8, of_validation, read_json
+from flexirl.serving.bodies import CHAT, TEXT, described, of_validation, read_json
 from flexirl.serving.errors import ApiError
 from flexirl.serving.service import Service
 from flexirl.serving.tenants import Tenant
 from flexirl.serving.views import batch_object, file_object, page
+from flexirl.text import is_text
 
 router = APIRouter(prefix="/v1")
 PURPOSES = ("batch", "assistants", "fine-tune", "vision", "user_data", "evals")
@@ -82,7 +83,7 @@ async def upload(request: Request) -> dict[str, Any]:
         if purpose not in PURPOSES:
             raise ApiError(400, f"purpose={str(purpose)[:40]!r} is none of {', '.join(PURPOSES)}.", param="purpose")
         name = (file.filename or "file").replace("\x00", "")[:_NAME]
-        if not is_utf8(name):
+        if not is_text(name):
             raise ApiError(400, "The file's name is not UTF-8.", param="file")
         row = await asyncio.to_thread(
             service.store.add_file, tenant.name, str(purpose), name, file.file, _expires_s(form), service.most_bytes

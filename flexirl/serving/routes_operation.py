@@ -77,10 +77,9 @@ async def status(request: Request) -> dict[str, Any]:
     """What the service does just now."""
     service = _admin(request)
     rows = await asyncio.to_thread(service.store.open_batches)
-    running = {entry["id"]: entry["running"] for entry in service.runner.figures()}
     batches = [
         {"id": row["id"], "tenant": row["tenant"], "status": row["status"], "total": row["total"],
-         "completed": row["completed"], "failed": row["failed"], "running": running.get(row["id"], 0),
+         "completed": row["completed"], "failed": row["failed"], "running": service.runner.running(row["id"]),
          "expires_at": row["expires_at"]}
         for row in rows
     ]  # fmt: skip

@@ -11,18 +11,16 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from flexirl.errors import UserError
 from flexirl.serving import batch_input, batch_output
-from flexirl.serving.backend import Backend, Terms
+from flexirl.serving.backend import Backend
 from flexirl.serving.batch_input import Names
+from flexirl.serving.batch_line import answer_line
 from flexirl.serving.bodies import read_json
 from flexirl.serving.errors import ApiError
 from flexirl.serving.store import Line
-from flexirl.workloads.trace import DEFERRED
-
-_TRIES, _PAUSE_S = 3, 1.0
 
 
 async def run_batch(
@@ -118,25 +116,11 @@ async def _answer(
     counts: Counter[str],
     told: Callable[[str], object],
 ) -> None:
-    body: dict[str, Any] | None = None
-    tries = 0
-    while fault is None and body is None:
-        try:
-            url, fields = await asyncio.to_thread(batch_input.read, source, line)
-            fields = {name: value for name, value in fields.items() if name not in ("stream", "stream_options")}
-            left_s = max(due_s - asyncio.get_running_loop().time(), 1.0)
-            body = await backend.answer(url, fields, Terms(DEFERRED, window_s=left_s, tier="flex"))
-        except ApiError as error:
-            tries += error.status != 429
-            if not error.passes or tries >= _TRIES:
-                fault = error
-            else:
-                await asyncio.sleep(error.retry_after_s or _PAUSE_S)
-    if fault is not None:
-        outcome = batch_output.refused(line, fault)
+    loop = asyncio.get_running_loop()
+    if fault is None:
+        outcome = await answer_line(backend, source, line, lambda: due_s - loop.time())
     else:
-        assert body is not None
-        outcome = batch_output.answered(line, body)
+        outcome = batch_output.refused(line, fault)
     file.write(outcome.answer + "\n")
     file.flush()
     counts["answered" if outcome.answered else "failed"] += 1

@@ -104,6 +104,16 @@ def add_key(
     return key
 
 
+def read_key(path: Path | str | None) -> str | None:
+    """The key in a file of a client's, None for no file; raises UserError if it cannot be read."""
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The key file {path} cannot be read ({error}); give one with the key alone.") from None
+
+
 def _read(path: Path) -> list[Tenant]:
     try:
         return [Tenant(**entry) for entry in json.loads(path.read_text())]

@@ -11,6 +11,7 @@ import numpy as np
 
 from flexirl.errors import UserError
 from flexirl.runtime.live.sampling import TOKEN_LISTS, Logprobs, Sampling
+from flexirl.text import is_text
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 STOP, LENGTH, ERROR = "stop", "length", "error"
@@ -172,12 +173,4 @@ def _is_number(value: object) -> bool:
     try:
         return isinstance(value, int | float | np.number) and not isinstance(value, bool) and float(value) == value
     except (OverflowError, TypeError):
-        return False
-
-
-def is_text(value: object) -> bool:
-    """True for a text that UTF-8 can write; half a surrogate pair is none."""
-    try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
         return False

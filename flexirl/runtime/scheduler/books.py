@@ -172,7 +172,7 @@ def settle_first_tokens(state: State) -> None:
         due_s, r = state.promises[0].time_s, state.promises[0].request
         request = state.requests[r]
         scheduler.promised = pop_event(state.promises, scheduler.promised)
-        if request.first_token_s <= due_s or request.finish_s < np.inf:
+        if request.first_token_s <= due_s or request.finish_s < due_s:
             continue
         if due_s <= request.ttft_deadline_s:
             _book_loss(state, r)

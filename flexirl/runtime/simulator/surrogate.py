@@ -245,7 +245,7 @@ def _is_steady(state: State) -> bool:
     All running requests decode, and the heads of the queues wait for something that decoding only makes scarcer.
     What changes with time (fair shares, relegation, slack) is left to `plan` if they may wait for that.
     """
-    scheduler, batch, decision = state.scheduler[0], state.batch[0], state.decision[0]
+    scheduler, batch, decision, engine = state.scheduler[0], state.batch[0], state.decision[0], state.engine[0]
     if batch.prefill_tokens > 0 or batch.swap_tokens > 0 or batch.decode_sequences != scheduler.running:
         return False
     if scheduler.running == 0 or state.classes[0].preempted + state.classes[1].preempted > 0:
@@ -258,6 +258,8 @@ def _is_steady(state: State) -> bool:
     urgent = first != NONE and not state.requests[first].relegated
     if decision.relegate > 0 and urgent:
         return False
+    if decision.immediate_cache_share > 0 and decision.reserve_ratio > 0 and seats_taken(state) < engine.max_running:
+        return False  # blocks set aside for running requests become theirs at the cost of what the cache is to keep
     if decision.immediate_slack <= 0 and decision.deferred_slack <= 0:
         return True
     return decision.discipline == CLASSES and not urgent and shut_out(state, next_to_admit(state, False, True))

@@ -34,7 +34,15 @@ def test_first_token_late(ttft: int) -> None:
     assert (immediates["forgone_prompt"], immediates["forgone_output"]) == pytest.approx(
         (4 * (1 - expected), 2 * (1 - expected))
     )
-    assert immediates["given_up"] == (ttft == 5) * 0  # four times as much is still in time
+    assert immediates["given_up"] == 0  # four times as much is still in time
+
+
+@pytest.mark.parametrize("output", [1, 2])
+def test_who_gets_all_after_patience_has_given_up(output: int) -> None:
+    """Its first token comes 20 ticks after it arrived, patience ended after 16; that it is the last changes nothing."""
+    run = ToyRun(toy_engine(), toy_trace(immediate(0, 4, output, ttft_slo_s=4 * TICK_S)))
+    run.drain()
+    assert run.state.classes[IMMEDIATE]["given_up"] == 1
 
 
 @pytest.mark.parametrize("pace", [3, 6, 10, 17, 18])

@@ -37,9 +37,12 @@ def make_policy(name_or_path: str, knobs: Mapping[str, Any] | None = None) -> Po
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raises UserError for the first name that is neither a hand-written policy nor a file that loads.
+    """Raises UserError for a name that is neither a hand-written policy nor a file that loads, and for two alike.
 
     Called before long work, so that a wrong name is not found at its end.
     """
-    for name in names:
-        make_policy(str(name))
+    known: dict[str, str] = {}
+    for name in map(str, names):
+        goes_by = make_policy(name).name
+        if known.setdefault(goes_by, name) != name:
+            raise UserError(f"{known[goes_by]} and {name} both go by the name {goes_by}; rename one of the files.")

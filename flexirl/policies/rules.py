@@ -38,11 +38,14 @@ def make_rule(name: str, knobs: Mapping[str, Any] | None = None) -> Heuristic:
 def save_rule(rule: Heuristic, path: Path) -> None:
     """Writes the rule's name and all its knobs as YAML, which `load_rule` reads."""
     knobs = {knob: value for knob, value in asdict(rule).items() if not knob.startswith("_")}
-    OmegaConf.save(OmegaConf.create({"name": rule.name, **knobs}), path)
+    OmegaConf.save(OmegaConf.create({"name": type(rule).name, **knobs}), path)
 
 
 def load_rule(path: str | Path, knobs: Mapping[str, Any] | None = None) -> Heuristic:
-    """The rule in a YAML file of its name and knobs; `knobs` replace those. Raises UserError for what is none."""
+    """The rule in a YAML file of its name and knobs; `knobs` replace those. Raises UserError for what is none.
+
+    It goes by the name of the file, so that one rule with several settings can be compared with itself.
+    """
     try:
         spec = OmegaConf.to_container(OmegaConf.load(path))
     except FileNotFoundError:
@@ -52,7 +55,9 @@ def load_rule(path: str | Path, knobs: Mapping[str, Any] | None = None) -> Heuri
     if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
         raise UserError(f"{path} is no rule: it needs a name and, if any, knobs, as conf/policy/qoserve.yaml has.")
     own = {str(knob): value for knob, value in spec.items() if knob != "name"}
-    return make_rule(spec["name"], {**own, **(knobs or {})})
+    rule = make_rule(spec["name"], {**own, **(knobs or {})})
+    object.__setattr__(rule, "name", Path(path).stem)
+    return rule
 
 
 def load_rule_spec(name: str) -> dict[str, Any]:

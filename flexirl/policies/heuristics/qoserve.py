@@ -16,7 +16,8 @@ Adapted:
 - Deferred requests without a window (an endless backlog) are taken to be due at one common time, which makes their
   order that of the shortest remaining work, behind every immediate request.
 - Low load, which the paper leaves open, means that the prefill that waited stayed below a share of the TTFT promise.
-- Where output lengths are predicted, the prediction takes the place of the mean and two standard deviations.
+- Where output lengths are predicted, the prediction takes the place of the mean and two standard deviations; so does,
+  with `length_quantile`, a quantile of what the scheduler has learned about outputs of the same kind.
 - A waiting immediate request that lacks memory evicts deferred ones, decodes included; the paper leaves this open.
 """
 
@@ -42,7 +43,8 @@ class QoServe(Heuristic):
     where throughput stops growing; slack_used: share of the least slack that an iteration may take.
 
     low_load: share of the TTFT promise that waiting prefill may take at low load; revise_s: seconds between two
-    choices of alpha and of the expected output, each of which sorts the queues anew.
+    choices of alpha and of the expected output, each of which sorts the queues anew; length_quantile: of what is
+    learned about lengths, the quantile that takes the place of the expected output, 0 for none.
     """
 
     alpha_s: float
@@ -51,6 +53,7 @@ class QoServe(Heuristic):
     slack_used: float
     low_load: float
     revise_s: float
+    length_quantile: float
 
     name = "qoserve"
     every_iteration = True
@@ -63,6 +66,7 @@ class QoServe(Heuristic):
         require(self.max_chunk_tokens >= 1, "max_chunk_tokens", self.max_chunk_tokens, "it is at least 1 token")
         require(0 < self.slack_used <= 1, "slack_used", self.slack_used, "a share is above 0 and at most 1")
         require(self.low_load >= 0, "low_load", self.low_load, "it is 0 or more")
+        require(0 <= self.length_quantile < 1, "length_quantile", self.length_quantile, "it is from 0 to below 1")
         require(self.revise_s > 0, "revise_s", self.revise_s, "it is a positive number of seconds")
 
     def prepare(self, decision: np.ndarray, view: View) -> None:
@@ -71,6 +75,7 @@ class QoServe(Heuristic):
         decision["token_budget"] = self.max_chunk_tokens
         decision["immediate_order"] = DEADLINE
         decision["relegate"] = decision["relegated_last"] = 1
+        decision["length_quantile"] = self.length_quantile
         # Each iteration is sized by the slack at its start; deferred decodes run all the same.
         decision["immediate_slack"] = self.slack_used
         decision["deferred_slack"] = self.slack_used

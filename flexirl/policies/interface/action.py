@@ -94,6 +94,7 @@ def set_dials(decision, dials: np.ndarray, tpot_s: float, immediate_order: int, 
     decision.reserve_clip = np.inf
     decision.order_weight_s = ORDER_WEIGHT_S
     decision.expected_output = 0.0
+    decision.length_quantile = 0.0
     decision.scored = 0
     dials = np.minimum(np.maximum(dials, -1.0), 1.0)
     decision.immediate_slack = 0.9 + 0.6 * dials[0]

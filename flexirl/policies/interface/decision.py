@@ -59,6 +59,9 @@ DECISION = np.dtype(
         ("order_weight_s", "f8"),  # seconds per remaining token in the DEADLINE order
         # Output tokens a deferred request is expected to make, for the DEADLINE order where nothing predicts them.
         ("expected_output", "f8"),
+        # Where nothing predicts an output, orders count the tokens that it stays below with this probability by what is
+        # learned from those that ended; 0: they do not.
+        ("length_quantile", "f8"),
         # New scores of single requests, by their numbers in the view; they count in the SCORE order and for
         # LOWEST_SCORE, and stay until changed. Until a policy says otherwise, 1 if immediate and 0 if deferred.
         ("scored", "i4"),  # how many of the entries below are meant
@@ -107,7 +110,7 @@ _DISCIPLINE, _IMMEDIATE_ORDER, _DEFERRED_ORDER, _VICTIM, _PREEMPTION, _BUDGET, _
         "scored",
     )
 )  # fmt: skip
-_RELEGATE = _PLACES["relegate"]
+_RELEGATE, _LENGTH_QUANTILE = _PLACES["relegate"], _PLACES["length_quantile"]
 
 
 @compiled
@@ -135,10 +138,13 @@ def _fault(decisions: np.ndarray) -> int:
         decision.deferred_slack, decision.deferred_decodes, decision.deferred_margin_s, decision.deferred_kv_share,
         decision.deferred_cache_share, decision.immediate_cache_share, decision.reserve_ratio,
         decision.reserve_new_ratio, decision.reserve_clip, decision.order_weight_s, decision.expected_output,
+        decision.length_quantile,
     )  # fmt: skip
     for i in range(len(figures)):
         if np.isnan(figures[i]):
             return _RELEGATE + i
+    if not 0 <= decision.length_quantile < 1:
+        return _LENGTH_QUANTILE
     for i in range(decision.scored):
         if np.isnan(decision.scores[i]):
             return _SCORED

@@ -9,6 +9,7 @@ from flexirl.compiled import compiled
 from flexirl.policies.interface.view import NONE
 from flexirl.runtime.scheduler.events import add_event, pop_event
 from flexirl.runtime.scheduler.kv_cache import release
+from flexirl.runtime.scheduler.lengths import learn_length
 from flexirl.runtime.scheduler.queues import remove
 from flexirl.runtime.scheduler.state import (
     EXPIRED,
@@ -225,6 +226,7 @@ def book_end(state: State, r: int, now_s: float) -> None:
         group.finished += 1
         group.finished_output += request.generated
         group.finished_output_squares += request.generated * np.int64(request.generated)
+        learn_length(state, r)
         if now_s > request.deadline_s:
             _book_loss(state, r)
             if request.request_class == IMMEDIATE:

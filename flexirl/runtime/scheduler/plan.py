@@ -22,7 +22,7 @@ from flexirl.runtime.scheduler.books import (
 from flexirl.runtime.scheduler.composition import chunk_within_target, enlist
 from flexirl.runtime.scheduler.kv_cache import allocate
 from flexirl.runtime.scheduler.preemption import ONLY_DEFERRED, grow, preempt, victim_within
-from flexirl.runtime.scheduler.queues import owed_tokens, reorder, rescore
+from flexirl.runtime.scheduler.queues import follow_lengths, owed_tokens, reorder, rescore
 from flexirl.runtime.scheduler.state import (
     DECODES,
     LATER_DECODES,
@@ -41,8 +41,9 @@ def apply(state: State) -> None:
     for i in range(decision.scored):
         rescore(state, decision.scored_requests[i], decision.scores[i])
     decision.scored = 0  # a score stays with its request, not with the number
-    reorder(state, IMMEDIATE, decision.immediate_order, decision.order_weight_s, decision.expected_output)
-    reorder(state, DEFERRED, decision.deferred_order, decision.order_weight_s, decision.expected_output)
+    weight_s, expected, quantile = decision.order_weight_s, decision.expected_output, decision.length_quantile
+    reorder(state, IMMEDIATE, decision.immediate_order, weight_s, expected, quantile)
+    reorder(state, DEFERRED, decision.deferred_order, weight_s, expected, quantile)
     for _ in range(decision.preempt_count):
         victim = victim_within(state, ONLY_DEFERRED)
         if victim == NONE:
@@ -69,6 +70,7 @@ def plan(state: State) -> None:
     scheduler.budget = min(decision.token_budget, state.engine[0].max_tokens_per_step)
     state.classes[IMMEDIATE].preempted = 0
     state.classes[DEFERRED].preempted = 0
+    follow_lengths(state)
     _take_stock(state)
     _run(state, DECODES)
     _run(state, PREFILLS)

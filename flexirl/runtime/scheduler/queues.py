@@ -20,6 +20,7 @@ from flexirl.policies.interface.decision import (
 )
 from flexirl.policies.interface.view import NONE
 from flexirl.runtime.profile.step_time import decodes_cost, prefill_slope
+from flexirl.runtime.scheduler.lengths import predicted_tokens
 from flexirl.runtime.scheduler.state import WAITING, State
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
@@ -71,7 +72,9 @@ def _key(state: State, r: int) -> float:
     remaining = float(owed_tokens(request))
     if request.request_class == DEFERRED:
         if request.predicted_output_tokens > 0:
-            remaining += _predicted_work(state.engine[0], request)
+            remaining += _work_to_come(state.engine[0], request, request.predicted_output_tokens)
+        elif group.order_quantile > 0:
+            remaining += _work_to_come(state.engine[0], request, predicted_tokens(state, r, group.order_quantile))
         elif group.order == DEADLINE:
             remaining += max(group.order_expected - request.generated, 0.0)
     if group.order == SHORTEST:
@@ -81,9 +84,9 @@ def _key(state: State, r: int) -> float:
 
 
 @compiled
-def _predicted_work(engine, request) -> float:
-    """The output predicted to come, in tokens of prefill that take as long."""
-    tokens = max(request.predicted_output_tokens - request.generated, 0)
+def _work_to_come(engine, request, output_tokens: float) -> float:
+    """What is left of an output of so many tokens, in tokens of prefill that take as long."""
+    tokens = max(output_tokens - request.generated, 0.0)
     slope_s = prefill_slope(engine)
     if slope_s <= 0:
         return float(tokens)
@@ -183,15 +186,38 @@ def merged_head(state: State) -> int:
 
 
 @compiled
-def reorder(state: State, request_class: int, order: int, weight_s: float, expected: float) -> None:
+def reorder(
+    state: State, request_class: int, order: int, weight_s: float, expected: float, length_quantile: float
+) -> None:
     """Sorts the queue of a class anew if its order changes. O(n log n) for n requests, so orders change rarely."""
     group = state.classes[request_class]
     same_weights = order != DEADLINE or (weight_s == group.order_weight_s and expected == group.order_expected)
-    if order == group.order and same_weights:
+    same_lengths = (order != DEADLINE and order != SHORTEST) or length_quantile == group.order_quantile
+    if order == group.order and same_weights and same_lengths:
         return
     group.order = order
     group.order_weight_s = weight_s
     group.order_expected = expected
+    group.order_quantile = length_quantile
+    _sort(state, request_class)
+
+
+@compiled
+def follow_lengths(state: State) -> None:
+    """Sorts the deferred queue anew when enough has been learned of lengths since, if its order counts them.
+
+    For every 16 that wait one must have finished, so the cost for each that finishes is bounded.
+    """
+    group = state.classes[DEFERRED]
+    if group.order_quantile > 0 and (group.order == DEADLINE or group.order == SHORTEST):
+        if group.finished - group.order_finished >= max(group.waiting // 16, 4):
+            _sort(state, DEFERRED)
+
+
+@compiled
+def _sort(state: State, request_class: int) -> None:
+    group = state.classes[request_class]
+    group.order_finished = group.finished
     state.lanes[request_class, :] = NONE
     waiting = group.waiting
     group.waiting = group.waiting_tokens = group.windowed = 0

@@ -85,6 +85,8 @@ CLASS = np.dtype(  # one record per request class
         ("order", "i8"),  # the order its queue is sorted in now
         ("order_weight_s", "f8"),
         ("order_expected", "f8"),
+        ("order_quantile", "f8"),
+        ("order_finished", "i8"),  # how many had finished when it was last sorted
         # Totals since the start, in requests and tokens.
         ("arrived", "i8"),
         ("arrived_prompt", "i8"),
@@ -183,6 +185,17 @@ NODE = np.dtype(  # a run of full blocks in the prefix cache; see prefix_cache.p
     align=True,
 )
 
+LENGTH_BINS = 64  # a quarter of an octave each: up to 65,536 tokens
+LENGTHS = np.dtype(  # outputs of one kind of request; see lengths.py
+    [
+        ("tag", "u8"),  # which kind
+        ("total", "f4"),  # outputs counted, as far as they have not faded
+        ("counts", "f4", (LENGTH_BINS,)),
+    ],
+    align=True,
+)
+_KINDS = 256  # there is room for
+
 ITL_BINS = 256
 _ITL_LOW_S, _ITL_PER_DECADE = 1e-5, 32.0  # 256 bins reach from 10 microseconds to 1,000 s, 7.5% wide
 
@@ -221,6 +234,8 @@ class State(NamedTuple):
     follower: np.ndarray  # int32, (R,)
     sibling: np.ndarray  # int32, (R,)
     followers: np.ndarray  # EVENT, (R,)
+    lengths: np.ndarray  # LENGTHS, (a constant,): of the classes first
+    length_tenths: np.ndarray  # float64, (2, 10): by class, outputs by the tenth of their predicted distribution
     itl_histogram: np.ndarray  # int64, (ITL_BINS,): inter-token latencies of immediate requests
 
 
@@ -270,6 +285,8 @@ def new_states(
         follower=rows((max_requests,), np.int32),
         sibling=rows((max_requests,), np.int32),
         followers=rows((max_requests,), EVENT),
+        lengths=rows((_KINDS,), LENGTHS),
+        length_tenths=rows((2, 10), np.float64),
         itl_histogram=rows((ITL_BINS,), np.int64),
     )
     states.engine[:] = profile

@@ -26,6 +26,7 @@ from flexirl.runtime.scheduler.commit import commit, settle
 from flexirl.runtime.scheduler.events import pop_event
 from flexirl.runtime.scheduler.intake import fill_in, submit
 from flexirl.runtime.scheduler.kv_cache import allocate, blocks_for
+from flexirl.runtime.scheduler.lengths import forget_lengths
 from flexirl.runtime.scheduler.plan import apply, plan
 from flexirl.runtime.scheduler.prefix_cache import empty_cache
 from flexirl.runtime.scheduler.queues import head
@@ -59,6 +60,7 @@ def start(state: State, trace: np.ndarray, seed: int, patience: float) -> None:
     scheduler.running = 0
     scheduler.joined = 0
     empty_cache(state)
+    forget_lengths(state)
     scheduler.host_free_blocks = engine.host_kv_blocks
     scheduler.budget = 0
     scheduler.iterations = 0
@@ -102,6 +104,8 @@ def _clear_records(state: State) -> None:
         group.order = 0
         group.order_weight_s = 0.0
         group.order_expected = 0.0
+        group.order_quantile = 0.0
+        group.order_finished = 0
         group.arrived = 0
         group.arrived_prompt = 0
         group.finished = 0

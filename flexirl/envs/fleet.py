@@ -312,10 +312,11 @@ class Fleet:
         return State(*(array[member] for array in self._states))
 
     def episode_figures(self, member: int) -> dict[str, float]:
-        """Revenue, attainment, deferred throughput and preemptions since the warm-up of the member's episode.
+        """Value, revenue, attainment, deferred throughput and preemptions since the warm-up of the member's episode.
 
-        revenue_share: revenue in units of what the engine would earn if loaded with nothing but such immediate requests
-        and serving them all, so that tasks can be averaged. Attainment counts the promises decided since then, not
+        worth_share: what the task's reward is about, value where lateness counts and revenue elsewhere, in units of
+        what the engine would earn if loaded with nothing but such immediate requests and serving them all, so that
+        tasks can be averaged. Attainment counts the promises decided since then, not
         those of the requests that arrived since then.
         """
         paid = self._reward[member]
@@ -330,9 +331,17 @@ class Fleet:
         decided = immediate_kept + immediate_lost
         done = since("prompt_done")[DEFERRED] + since("output_done")[DEFERRED]
         revenue_per_s = float(kept[IMMEDIATE] + paid["deferred_discount"] * kept[DEFERRED]) / elapsed_s
+        late, given_up = (
+            float(paid["prompt_price"] * since(f"{name}_prompt")[IMMEDIATE])
+            + float(paid["output_price"] * since(f"{name}_output")[IMMEDIATE])
+            for name in ("late", "given_up")
+        )
+        value_per_s = revenue_per_s + (late - float(paid["given_up"]) * given_up) / elapsed_s
+        worth_per_s = value_per_s if paid["lateness"] > 0 else revenue_per_s
         return {
+            "value_per_s": value_per_s,
             "revenue_per_s": revenue_per_s,
-            "revenue_share": revenue_per_s / float(paid["scale"]),
+            "worth_share": worth_per_s / float(paid["scale"]),
             "immediate_attainment": float(immediate_kept / decided) if decided else 1.0,
             "deferred_tokens_per_s": float(done) / elapsed_s,
             "preemptions_per_s": float(since("preemptions").sum()) / elapsed_s,
@@ -356,7 +365,8 @@ def _member_state(states: State, m: int) -> State:
         states.tenants[m], states.lanes[m], states.scheduler[m], states.decision[m], states.batch[m],
         states.engine[m], states.contents[m], states.nodes[m], states.buckets[m], states.block_rows[m],
         states.spare_rows[m], states.block_before[m], states.spare_blocks[m], states.promises[m],
-        states.follower[m], states.sibling[m], states.followers[m], states.itl_histogram[m],
+        states.follower[m], states.sibling[m], states.followers[m], states.lengths[m], states.length_tenths[m],
+        states.itl_histogram[m],
     )  # fmt: skip
 
 

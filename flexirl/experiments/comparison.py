@@ -160,16 +160,16 @@ class TuningEpisodes:
         runs = [run_policy(policy, self._task, trace, i) for i, trace in enumerate(self._traces)]
         return _mean([run.figures["immediate_attainment"] for run in runs]) or 0.0
 
-    def revenues(self, settings: np.ndarray) -> np.ndarray:
-        """Revenue of constant dial settings, as `worth_of_dials` has it: (n, dials) to (n,)."""
+    def worths(self, settings: np.ndarray) -> np.ndarray:
+        """Worth of constant dial settings, as `worth_of_dials` has it: (n, dials) to (n,)."""
         return worth_of_dials([self._task], settings, self._seeds, self._seed)
 
 
 def worth_of_dials(tasks: Sequence[Task], settings: np.ndarray, episodes: int, seed: int) -> np.ndarray:
-    """Mean revenue share of constant dial settings over so many episodes of the tasks: (n, dials) to (n,)."""
+    """Mean `worth_share` of constant dial settings over so many episodes of the tasks: (n, dials) to (n,)."""
     fleet = Fleet([replace(task, action="dials") for task in tasks], episodes * len(settings), len(settings), episodes)
     actions = np.tile(settings, (episodes, 1))
-    shares = [figures["revenue_share"] for figures in play(fleet, seed, lambda _: actions).figures]
+    shares = [figures["worth_share"] for figures in play(fleet, seed, lambda _: actions).figures]
     fleet.close()
     return np.reshape(shares, (episodes, len(settings))).mean(axis=0)
 

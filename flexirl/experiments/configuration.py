@@ -126,14 +126,16 @@ def held_out_task(config: DictConfig, task: Task) -> Task:
 
 
 def _mixed(config: DictConfig, numbers: Iterable[int]) -> list[Task]:
-    """Task i of a mixture takes entry i of each of its axes, lists of overrides that are repeated as often as needed.
+    """The parts of a mixture take turns; task i of a part takes entry i of each of its axes, lists of overrides.
 
-    With lengths that have no common divisor, everything comes to meet everything.
+    The lists are repeated as often as needed. With lengths that have no common divisor, everything comes to meet
+    everything.
     """
-    axes = config.mixture.axes.values()
+    parts = [list(axes.values()) for axes in config.mixture.parts.values()]
     tasks = []
-    for i in numbers:
-        overrides = [override for axis in axes for override in axis[i % len(axis)]]
+    for number in numbers:
+        i, which = divmod(number, len(parts))
+        overrides = [override for axis in parts[which] for override in axis[i % len(axis)]]
         task = _train_config(overrides)
         task.env, task.reward = config.env, config.reward
         tasks.append(load_task(task))

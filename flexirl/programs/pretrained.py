@@ -28,10 +28,10 @@ from flexirl.policies.registry import PRETRAINED_FILE
 from flexirl.policies.training.averaging import average
 
 
-def revenue_share(network: Network, tasks: Sequence[Task], seed: int) -> float:
-    """Mean revenue share of a network that sets dials, over one episode of each task."""
+def worth_share(network: Network, tasks: Sequence[Task], seed: int) -> float:
+    """Mean share of the worth (see `Fleet.episode_figures`) that a network earns that sets dials, over one episode of each task."""
     fleet = Fleet(list(tasks), len(tasks), 1, len(tasks))
-    share = play(fleet, seed, partial(run_each, network)).mean("revenue_share")
+    share = play(fleet, seed, partial(run_each, network)).mean("worth_share")
     fleet.close()
     return share
 
@@ -45,7 +45,7 @@ def validated_tasks(training: dict[str, Any]) -> list[Task]:
 def ship_mean(runs: Sequence[Path], target: Path) -> tuple[dict[int, float], float]:
     """Writes the mean of the runs' policies to `target`; returns what each earned, by training seed, and what it did.
 
-    Its metadata are those of the first run, with `seeds` and `revenue_share` from here. Raises UserError for a folder
+    Its metadata are those of the first run, with `seeds` and `worth_share` from here. Raises UserError for a folder
     without a policy, or runs of different trainings.
     """
     shares: dict[int, float] = {}
@@ -62,12 +62,12 @@ def ship_mean(runs: Sequence[Path], target: Path) -> tuple[dict[int, float], flo
             raise UserError(f"{run} is not the training of {runs[0]} with another seed; give runs that differ by it.")
         tasks = tasks or validated_tasks(training)
         models.append(onnx.load(run / "policy.onnx"))
-        shares[seed] = revenue_share(policy.network, tasks, PRETRAINED_SEED)
-        print(f"seed {seed}: revenue share {shares[seed]:.4f}")
+        shares[seed] = worth_share(policy.network, tasks, PRETRAINED_SEED)
+        print(f"seed {seed}: worth {shares[seed]:.4f}")
     mean = average(models)
-    share = revenue_share(read_network(mean), tasks, PRETRAINED_SEED)
+    share = worth_share(read_network(mean), tasks, PRETRAINED_SEED)
     properties = {entry.key: entry.value for entry in mean.metadata_props if entry.key != "validation"}
-    helper.set_model_props(mean, {**properties, "seeds": json.dumps(shares), "revenue_share": json.dumps(share)})
+    helper.set_model_props(mean, {**properties, "seeds": json.dumps(shares), "worth_share": json.dumps(share)})
     target.write_bytes(mean.SerializeToString())
     return shares, share
 

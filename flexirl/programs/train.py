@@ -32,7 +32,7 @@ from flexirl.policies.training.training import Training
 
 
 def run(config: DictConfig) -> float:
-    """Trains, compares, exports; returns the best validation revenue share, so that sweeps can rank runs."""
+    """Trains, compares, exports; returns the best validation worth, so that sweeps can rank runs."""
     folder = output_folder()
     seed = seed_of(config.seed)
     total_steps = count_of(config.total_steps, "total_steps", least=0)
@@ -72,7 +72,7 @@ def run(config: DictConfig) -> float:
     best = type(agent).load(folder / "best.zip", device="cpu")
     best.save(folder / "policy.zip")
     report(config, folder, best, watching, task, held_out, engines.runner)
-    return watching.best["revenue_share"]
+    return watching.best["worth_share"]
 
 
 def report(

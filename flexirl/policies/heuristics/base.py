@@ -34,8 +34,8 @@ class Episodes(Protocol):
         """Share of immediate promises that a policy keeps, averaged over the episodes."""
         ...
 
-    def revenues(self, settings: np.ndarray) -> np.ndarray:
-        """Revenue of constant dial settings in any unit, averaged over the episodes: (n, dials) to (n,)."""
+    def worths(self, settings: np.ndarray) -> np.ndarray:
+        """Worth of constant dial settings in any unit, averaged over the episodes: (n, dials) to (n,)."""
         ...
 
 

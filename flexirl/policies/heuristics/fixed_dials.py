@@ -29,7 +29,7 @@ class FixedDials(Heuristic):
         """See `Heuristic.tuned`."""
         if not self.tune:
             return self
-        dials = search_dials(self.positions, episodes.revenues, seed)
+        dials = search_dials(self.positions, episodes.worths, seed)
         return replace(self, dials=tuple(dials.tolist()), tune=False)
 
     def __post_init__(self) -> None:

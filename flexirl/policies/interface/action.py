@@ -25,7 +25,7 @@ from flexirl.policies.interface.decision import (
 from flexirl.policies.interface.view import NONE
 from flexirl.workloads.trace import IMMEDIATE
 
-SCHEMA = "flexirl-action-2"
+SCHEMA = "flexirl-action-3"
 
 
 class Dial(NamedTuple):
@@ -59,18 +59,37 @@ DIALS = (
         "160 TPOT SLO",
         "320 TPOT SLO",
     ),
+    Dial(
+        "kept_cache",
+        "of all blocks, the most that immediate work left in the cache and no deferred request is admitted into",
+        "0",
+        "0.4",
+        "0.8",
+    ),
 )
 NUM_DIALS = len(DIALS)
 
+
+def _set(**positions: float) -> tuple[float, ...]:
+    """All dials, those not named at zero."""
+    return tuple(positions.get(dial.name, 0.0) for dial in DIALS)
+
+
 # A grid of dial settings for agents with one discrete choice: shares of slack and decodes, a pause, one preemption.
 GRID = tuple(
-    [(0.0, slack, decodes, 0.0, 0.0, 0.0, 0.0, 0.0) for slack in (-0.7, -0.3, 0.0, 0.3) for decodes in (-1.0, 0.0, 1.0)]
-    + [(0.0, 0.0, -1.0, 0.0, -1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0, 0.0, 0.75, 0.0, 0.0)]
+    [
+        _set(deferred_slack=slack, deferred_decodes=share)
+        for slack in (-0.7, -0.3, 0.0, 0.3)
+        for share in (-1.0, 0.0, 1.0)
+    ]
+    + [_set(deferred_decodes=-1.0, deferred_kv=-1.0), _set(preempt=0.75)]
 )
 ORDERS = {"arrival": ARRIVAL, "deadline": DEADLINE, "shortest": SHORTEST}
 # In the deadline order a token of prefill still to do counts like this many seconds (QoServe's alpha): under pressure
 # short prompts go first, and more promises are kept.
 ORDER_WEIGHT_S = 0.008
+# Of what is learned about lengths: a long output taken for a short one costs more than the other way round.
+LENGTH_QUANTILE = 0.8
 DEFAULT_IMMEDIATE_ORDER, DEFAULT_DEFERRED_ORDER = "deadline", "deadline"
 GRID_ZERO = GRID.index((0.0,) * NUM_DIALS)  # the choice that leaves all dials at zero
 PREEMPTS = len(GRID) - 1  # the choice that preempts: masked where nothing deferred runs
@@ -94,7 +113,7 @@ def set_dials(decision, dials: np.ndarray, tpot_s: float, immediate_order: int, 
     decision.reserve_clip = np.inf
     decision.order_weight_s = ORDER_WEIGHT_S
     decision.expected_output = 0.0
-    decision.length_quantile = 0.0
+    decision.length_quantile = LENGTH_QUANTILE
     decision.scored = 0
     dials = np.minimum(np.maximum(dials, -1.0), 1.0)
     decision.immediate_slack = 0.9 + 0.6 * dials[0]
@@ -105,8 +124,8 @@ def set_dials(decision, dials: np.ndarray, tpot_s: float, immediate_order: int, 
     decision.preempt_count = int(np.floor(max(dials[5] - 0.5, 0.0) * 8.0 + 1e-6))
     decision.relegate = 3.0 + 3.0 * dials[6]
     decision.deferred_margin_s = (160.0 + 160.0 * dials[7]) * tpot_s
-    decision.deferred_cache_share = 1.0
-    decision.immediate_cache_share = 0.0
+    decision.deferred_cache_share = 0.0
+    decision.immediate_cache_share = 0.4 + 0.4 * dials[8]
 
 
 @compiled

@@ -15,7 +15,7 @@ from flexirl.policies.interface.view import AHEAD_LIMIT, NONE, VISIBLE, ViewArra
 from flexirl.runtime.profile.step_time import decode_step_time, prefill_slope
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
-SCHEMA = "flexirl-observation-3"
+SCHEMA = "flexirl-observation-4"
 
 
 class Feature(NamedTuple):
@@ -64,6 +64,9 @@ TABLE = (
     Feature("deferred_output", "output made per one finished, means over 30 s", "tokens", "log(1 + n) / 5", 0, 2),
     Feature("deferred_window", "time to the deadline of the head of their queue", "TTFT SLO", "log(1 + n) / 5", 0, 2),
     Feature("deferred_predicted", "1 if its output is predicted", "1", "1", 0, 1),
+    Feature("immediate_idle", "share of the cache that is kept for immediate requests to come", "cache", "1", 0, 1),
+    Feature("immediate_found", "share of their prompts that was found there, means over 30 s", "tokens", "1", 0, 1),
+    Feature("deferred_idle", "share of the cache that is kept for deferred requests to come", "cache", "1", 0, 1),
 )
 SIZE = len(TABLE)
 
@@ -99,6 +102,10 @@ MEMORY = np.dtype(  # what the running means need between two observations
         ("preemptions_5s", "f8"),
         ("output_30s", "f8", (2,)),
         ("finished_30s", "f8", (2,)),
+        ("admitted_prompt", "i8"),
+        ("found_prompt", "i8"),
+        ("admitted_30s", "f8"),
+        ("found_30s", "f8"),
     ],
     align=True,
 )
@@ -173,6 +180,10 @@ def _remember(view: ViewArrays, memory) -> float:
         done = (deferred_done - memory.deferred_done) * slope / elapsed_s
         memory.deferred_5s += keep_5s * (done - memory.deferred_5s)
         memory.preemptions_5s += keep_5s * ((preemptions - memory.preemptions) / elapsed_s - memory.preemptions_5s)
+        admitted = (immediate.admitted_prompt - memory.admitted_prompt) / elapsed_s
+        memory.admitted_30s += keep_30s * (admitted - memory.admitted_30s)
+        found = (immediate.found_prompt - memory.found_prompt) / elapsed_s
+        memory.found_30s += keep_30s * (found - memory.found_30s)
         for c in range(2):
             output = (view.groups[c].output_done - memory.output[c]) / elapsed_s
             memory.output_30s[c] += keep_30s * (output - memory.output_30s[c])
@@ -186,6 +197,8 @@ def _remember(view: ViewArrays, memory) -> float:
     memory.lost = immediate.lost
     memory.deferred_done = deferred_done
     memory.preemptions = preemptions
+    memory.admitted_prompt = immediate.admitted_prompt
+    memory.found_prompt = immediate.found_prompt
     for c in range(2):
         memory.output[c] = view.groups[c].output_done
         memory.finished[c] = view.groups[c].finished
@@ -252,6 +265,8 @@ def _observe_deferred(view: ViewArrays, slope_per_ttft: float, numbers) -> None:
 def _observe_engine(view: ViewArrays, slope_per_ttft: float, numbers) -> None:
     now, engine, tpot_s = view.now[0], view.profile[0], view.promise[0].tpot_s
     immediate, deferred = view.groups[IMMEDIATE], view.groups[DEFERRED]
+    numbers.immediate_idle = immediate.idle_blocks / engine.kv_blocks
+    numbers.deferred_idle = deferred.idle_blocks / engine.kv_blocks
     numbers.kv_free = now.free_blocks / engine.kv_blocks
     numbers.host_kv_used = 1.0 - now.host_free_blocks / engine.host_kv_blocks if engine.host_kv_blocks > 0 else 0.0
     decodes, context = immediate.decodes + deferred.decodes, immediate.decode_context + deferred.decode_context
@@ -271,6 +286,7 @@ def _observe_past(memory, ttft_s: float, numbers) -> None:
     numbers.preemptions_5s = np.log1p(memory.preemptions_5s)
     numbers.prompt_mean_30s = memory.arrivals_30s / (memory.arrived_30s * ttft_s) if memory.arrived_30s > 0 else 0.0
     numbers.arrived_30s = np.log1p(memory.arrived_30s * ttft_s)
+    numbers.immediate_found = memory.found_30s / memory.admitted_30s if memory.admitted_30s > 0 else 0.0
     numbers.immediate_output = _output_per_finished(memory, IMMEDIATE)
     numbers.deferred_output = _output_per_finished(memory, DEFERRED)
 

@@ -49,6 +49,7 @@ GROUP = np.dtype(  # of one request class
         # The running batch: see `tally_running`.
         ("running", "i8"),
         ("kv_blocks", "i8"),  # blocks they hold
+        ("idle_blocks", "i8"),  # that the prefix cache keeps for them, beyond those in use
         ("unprefilled", "i8"),  # prefill tokens owed to them
         ("decodes", "i8"),  # those that decode, and the tokens they attend to
         ("decode_context", "f8"),
@@ -66,6 +67,8 @@ GROUP = np.dtype(  # of one request class
         ("preemptions", "i8"),
         ("prompt_done", "i8"),  # prompt tokens computed for the first time
         ("output_done", "i8"),  # output tokens produced
+        ("admitted_prompt", "i8"),  # prompt tokens when first admitted, and how many of them the prefix cache had
+        ("found_prompt", "i8"),
     ],
     align=True,
 )

@@ -24,7 +24,7 @@ from flexirl.envs.fleet import Fleet, Task
 from flexirl.policies.interface.action import DIALS, NUM_DIALS
 from flexirl.progress import progress_bar
 
-ROUNDS, PROBED = 14, 66  # tasks of each round
+ROUNDS, PROBED = 10, 44  # tasks of each round
 REMEMBERED = 4  # rounds whose parabolas the agent is fitted to; those of much earlier agents would hold it back
 MOVES = (0.2, 0.1)  # of a dial, up and down: in the first round and in the last
 REACH = 2.0  # moves: a parabola is not believed further out
@@ -120,7 +120,7 @@ def probe(agent: BaseAlgorithm, tasks: Sequence[Task], move: float, seed: int) -
                 taken[t].append(action[t * size])
         observations, _, over = fleet.step(action + moves)
         step += 1
-    shares = np.array([fleet.episode_figures(m)["revenue_share"] for m in range(fleet.members)])
+    shares = np.array([fleet.episode_figures(m)["worth_share"] for m in range(fleet.members)])
     fleet.close()
     lessons = []
     for seen, acted, worth in zip(observed, taken, shares.reshape(len(tasks), size), strict=True):

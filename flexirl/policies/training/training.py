@@ -17,7 +17,9 @@ from flexirl.envs.rollout import play
 from flexirl.policies.interface.action import DIALS
 from flexirl.progress import progress_bar
 
-FIGURES = ("revenue_per_s", "revenue_share", "immediate_attainment", "deferred_tokens_per_s", "preemptions_per_s")
+FIGURES = (
+    "value_per_s", "revenue_per_s", "worth_share", "immediate_attainment", "deferred_tokens_per_s", "preemptions_per_s",
+)  # fmt: skip
 
 
 def validate(agent: BaseAlgorithm, fleet: Fleet, seed: int) -> dict[str, float]:
@@ -60,8 +62,8 @@ class Training(BaseCallback):
 
     @property
     def best(self) -> dict[str, float]:
-        """The validation with the most revenue, as a share so that every task counts alike."""
-        return max(self.history, key=lambda row: row["revenue_share"])
+        """The validation with the most of what the reward is about, as a share so that every task counts alike."""
+        return max(self.history, key=lambda row: row["worth_share"])
 
     def _on_training_start(self) -> None:
         self._progress = progress_bar(
@@ -104,7 +106,7 @@ class Training(BaseCallback):
         if writer is not None:
             writer.add_hparams(
                 {"agent": type(self.model).__name__, "gamma": self.model.__dict__["gamma"], "seed": self._seed},
-                {"validation/best_revenue_per_s": self.best["revenue_per_s"]},
+                {"validation/best_worth_share": self.best["worth_share"]},
             )
 
     def _validate(self) -> None:
@@ -117,8 +119,8 @@ class Training(BaseCallback):
         for name, value in figures.items():
             self.logger.record(f"validation/{name}", value)
         self._progress.set_postfix_str(
-            f"validation revenue {figures['revenue_per_s']:,.0f}/s, attainment {figures['immediate_attainment']:.3f},"
-            f" best {self.best['revenue_per_s']:,.0f}/s"
+            f"validation value {figures['value_per_s']:,.0f}/s, attainment {figures['immediate_attainment']:.3f},"
+            f" best {self.best['value_per_s']:,.0f}/s"
         )
 
     def _tensorboard(self) -> Any:

@@ -231,6 +231,9 @@ def book_end(state: State, r: int, now_s: float) -> None:
             _book_loss(state, r)
             if request.request_class == IMMEDIATE:
                 _forgo(state, r, _lateness(state, request, now_s, request.deadline_s))
+        if request.request_class == IMMEDIATE and request.missed == 1:
+            group.late_prompt += (1.0 - request.forgone) * request.prompt_tokens
+            group.late_output += (1.0 - request.forgone) * request.generated
     else:
         group.ended_otherwise += 1
         _book_loss(state, r)

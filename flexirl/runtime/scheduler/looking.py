@@ -54,6 +54,9 @@ def _look_at_class(state: State, c: int, seen) -> None:
     seen.order = group.order
     seen.running = group.running
     seen.kv_blocks = group.kv_blocks
+    seen.idle_blocks = group.idle_blocks
+    seen.admitted_prompt = group.admitted_prompt
+    seen.found_prompt = group.found_prompt
     seen.arrived = group.arrived
     seen.arrived_prompt = group.arrived_prompt
     seen.finished = group.finished

@@ -107,6 +107,8 @@ CLASS = np.dtype(  # one record per request class
         ("lost", "i8"),
         ("forgone_prompt", "f8"),  # tokens of immediate requests, times what lateness took of their value
         ("forgone_output", "f8"),
+        ("late_prompt", "f8"),  # of those that finished late, times what was left of their value
+        ("late_output", "f8"),
         ("given_up", "i8"),  # immediate requests whose first token did not come before their clients' patience ended
         ("given_up_prompt", "i8"),
         ("given_up_output", "i8"),

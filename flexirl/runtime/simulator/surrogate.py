@@ -125,6 +125,8 @@ def _clear_records(state: State) -> None:
         group.lost = 0
         group.forgone_prompt = 0.0
         group.forgone_output = 0.0
+        group.late_prompt = 0.0
+        group.late_output = 0.0
         group.given_up = 0
         group.given_up_prompt = 0
         group.given_up_output = 0

@@ -133,8 +133,8 @@ def _mixed(config: DictConfig, numbers: Iterable[int]) -> list[Task]:
     """
     parts = [list(axes.values()) for axes in config.mixture.parts.values()]
     tasks = []
-    for number in numbers:
-        i, which = divmod(number, len(parts))
+    for count in numbers:
+        i, which = divmod(count, len(parts))
         overrides = [override for axis in parts[which] for override in axis[i % len(axis)]]
         task = _train_config(overrides)
         task.env, task.reward = config.env, config.reward

@@ -29,7 +29,7 @@ from flexirl.policies.training.averaging import average
 
 
 def worth_share(network: Network, tasks: Sequence[Task], seed: int) -> float:
-    """Mean share of the worth (see `Fleet.episode_figures`) that a network earns that sets dials, over one episode of each task."""
+    """What a network that sets dials earns, as `worth_share` of `Fleet.episode_figures`: the mean of a run per task."""
     fleet = Fleet(list(tasks), len(tasks), 1, len(tasks))
     share = play(fleet, seed, partial(run_each, network)).mean("worth_share")
     fleet.close()

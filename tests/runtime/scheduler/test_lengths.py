@@ -72,7 +72,7 @@ def test_predictions_are_what_a_plain_account_says(
     quantile: float,
 ) -> None:
     state, plain = empty_state(contents=3), Plain()
-    state.contents[:] = np.array([(0, 0), (64, 101), (64, 202)], CONTENT)
+    state.contents[:] = np.array([(0, 64), (101, 64), (202, 64)], CONTENT)
     request = state.requests[:1]
 
     def fill(key: tuple[int, int, int, int, int], generated: int) -> None:
@@ -119,12 +119,17 @@ def test_quantiles_of_many_outputs() -> None:
 def test_what_changes_is_followed_and_shows_in_the_tenths() -> None:
     state = empty_state()
     state.requests["max_tokens"], state.requests["prompt_tokens"] = 4000, 100
-    for output in [10] * 2000 + [1000] * 2000:
-        state.requests["generated"][0] = output
-        learn_length(state, 0)
+    tenths = state.length_tenths[0]
+    for output in (10, 1000):
+        for _ in range(2000):
+            state.requests["generated"][0] = output
+            learn_length(state, 0)
+        if output == 10:
+            assert tenths == pytest.approx(np.full(10, 200), abs=10)
     state.requests["generated"][0] = 0
     assert predicted_tokens(state, 0, 0.5) == pytest.approx(1000, rel=0.19)
-    assert state.length_tenths[0, 9] > 2 * state.length_tenths[0, 4]
+    assert tenths.sum() == pytest.approx(4000)
+    assert tenths[9] > 500 and (np.diff(tenths) > 0).all()  # too many lay high
 
 
 def test_more_kinds_than_there_is_room_for() -> None:

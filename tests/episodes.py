@@ -13,7 +13,7 @@ from flexirl.policies.interface.action import GRID
 from flexirl.runtime.profile.engine import EngineProfile, load_profile
 from flexirl.workloads.scenario import Rngs, Scenario, ServiceTime
 from flexirl.workloads.slo import SLO
-from flexirl.workloads.trace import Trace, empty_rows
+from flexirl.workloads.trace import CONTENT, Trace, empty_rows
 
 REVENUE = Reward("revenue", "revenue", deferred=1.0, loss=1.0, waiting=0.0)
 VALUE = Reward("value", "value", deferred=1.0, loss=0.0, waiting=0.0, lateness=1.0)
@@ -34,6 +34,7 @@ class Requests:
     always_the_same: bool = False
     num_tenants: int = 1
     predicted: bool = False
+    in_common: int = 0  # tokens that all longer prompts begin with
 
     def length_s(self, duration_s: float | None, service_time_s: ServiceTime) -> float:
         """The scenario's own."""
@@ -51,7 +52,10 @@ class Requests:
         rows["predicted_output_tokens"] = rows["output_tokens"] * (rng.random(len(rows)) < 0.5) * self.predicted
         rows["window_s"] = self.window_s
         rows["tenant"] = rng.integers(0, self.num_tenants, len(rows))
-        return Trace(rows, "requests", self.num_tenants)
+        rows["content_count"] = (self.in_common > 0) & (rows["prompt_tokens"] > self.in_common)
+        return Trace(
+            rows, "requests", self.num_tenants, contents=np.array([(7, self.in_common)][: self.in_common], CONTENT)
+        )
 
 
 def small_engine(**changes: float) -> EngineProfile:

@@ -316,8 +316,8 @@ class Fleet:
 
         worth_share: what the task's reward is about, value where lateness counts and revenue elsewhere, in units of
         what the engine would earn if loaded with nothing but such immediate requests and serving them all, so that
-        tasks can be averaged. Attainment counts the promises decided since then, not
-        those of the requests that arrived since then.
+        tasks can be averaged. Attainment counts the promises decided since then, not those of the requests that
+        arrived since then.
         """
         paid = self._reward[member]
         now_s = float(self._states.scheduler["now_s"][member, 0])

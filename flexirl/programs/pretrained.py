@@ -28,25 +28,26 @@ from flexirl.policies.registry import PRETRAINED_FILE
 from flexirl.policies.training.averaging import average
 
 
-def worth_share(network: Network, tasks: Sequence[Task], seed: int) -> float:
-    """What a network that sets dials earns, as `worth_share` of `Fleet.episode_figures`: the mean of a run per task."""
+def worth_shares(network: Network, tasks: Sequence[Task], seed: int) -> list[float]:
+    """What a network that sets dials earns in one run of each task: `worth_share` of `Fleet.episode_figures`."""
     fleet = Fleet(list(tasks), len(tasks), 1, len(tasks))
-    share = play(fleet, seed, partial(run_each, network)).mean("worth_share")
+    played = play(fleet, seed, partial(run_each, network))
     fleet.close()
-    return share
+    return [figures["worth_share"] for figures in played.figures]
 
 
-def validated_tasks(training: dict[str, Any]) -> list[Task]:
-    """The tasks that a training, as it stands in a policy's metadata, was validated on."""
+def validated_tasks(training: dict[str, Any], members: int | None = None) -> list[Task]:
+    """The tasks that a training, as it stands in a policy's metadata, was validated on; of a mixture the first few."""
     config = OmegaConf.create(training)
+    config.validation.members = members or config.validation.members
     return load_tasks(config) if config.get("mixture") is None else load_validation_tasks(config)
 
 
 def ship_mean(runs: Sequence[Path], target: Path) -> tuple[dict[int, float], float]:
     """Writes the mean of the runs' policies to `target`; returns what each earned, by training seed, and what it did.
 
-    Its metadata are those of the first run, with `seeds` and `worth_share` from here. Raises UserError for a folder
-    without a policy, or runs of different trainings.
+    Its metadata are those of the first run, with `seeds` and, by task, `worth_shares` from here. Raises UserError for a
+    folder without a policy, or runs of different trainings.
     """
     shares: dict[int, float] = {}
     models: list[onnx.ModelProto] = []
@@ -62,14 +63,14 @@ def ship_mean(runs: Sequence[Path], target: Path) -> tuple[dict[int, float], flo
             raise UserError(f"{run} is not the training of {runs[0]} with another seed; give runs that differ by it.")
         tasks = tasks or validated_tasks(training)
         models.append(onnx.load(run / "policy.onnx"))
-        shares[seed] = worth_share(policy.network, tasks, PRETRAINED_SEED)
+        shares[seed] = float(np.mean(worth_shares(policy.network, tasks, PRETRAINED_SEED)))
         print(f"seed {seed}: worth {shares[seed]:.4f}")
     mean = average(models)
-    share = worth_share(read_network(mean), tasks, PRETRAINED_SEED)
+    earned = worth_shares(read_network(mean), tasks, PRETRAINED_SEED)
     properties = {entry.key: entry.value for entry in mean.metadata_props if entry.key != "validation"}
-    helper.set_model_props(mean, {**properties, "seeds": json.dumps(shares), "worth_share": json.dumps(share)})
+    helper.set_model_props(mean, {**properties, "seeds": json.dumps(shares), "worth_shares": json.dumps(earned)})
     target.write_bytes(mean.SerializeToString())
-    return shares, share
+    return shares, float(np.mean(earned))
 
 
 def run(folders: Sequence[Path], output: Path | None) -> None:

@@ -44,7 +44,8 @@ def test_random_episodes_stay_within_the_spaces(kind: str) -> None:
             assert truncated == (step == 40) == ("figures" in info)
         # What a run costs in seconds of this machine is not part of what happened.
         assert set(info["figures"]) == {
-            "revenue_per_s", "revenue_share", "immediate_attainment", "deferred_tokens_per_s", "preemptions_per_s",
+            "value_per_s", "revenue_per_s", "worth_share", "immediate_attainment", "deferred_tokens_per_s",
+            "preemptions_per_s",
         }  # fmt: skip
         assert all(type(value) is float for value in info["figures"].values())
 

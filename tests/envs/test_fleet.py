@@ -38,7 +38,7 @@ def test_members_of_a_group_replay_the_same_arrivals() -> None:
     fleet.reset(0)
     actions = np.stack(random_actions(task, 8, 40)[:40])
     actions[:, 1:] = actions[:, :1]  # all as the first
-    actions[15, 2] = -actions[15, 2]  # but for one action of one member
+    actions[15, 2] = 1  # but for one action of one member
     rewards = []
     for action in actions:
         observations, paid, _ = fleet.step(action)

@@ -126,9 +126,10 @@ def test_figures_of_an_episode_are_those_of_its_requests(warmup_s: float) -> Non
 
 def test_weights_of_the_reward() -> None:
     """Each weight scales its own part."""
-    actions = random_actions(DRAINED, 1, 100, seed=4)
+    task = replace(DRAINED, scenario=replace(DRAINED.scenario, immediate=Requests(100, 100, 3.0)))
+    actions = random_actions(task, 1, 100, seed=4)
     totals = [
-        play(replace(DRAINED, reward=replace(REVENUE, deferred=deferred, loss=loss)), actions)[0]
+        play(replace(task, reward=replace(REVENUE, deferred=deferred, loss=loss)), actions)[0]
         for deferred, loss in ((1.0, 0.0), (0.0, 1.0), (1.0, 5.0))
     ]
     assert totals[0] > 0 > totals[1]

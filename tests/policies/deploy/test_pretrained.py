@@ -19,7 +19,7 @@ from flexirl.policies.registry import PRETRAINED, PRETRAINED_FILE, make_policy
 from flexirl.policies.training import probing
 from flexirl.policies.training.agents import start_at
 from flexirl.policies.training.export import export
-from flexirl.programs.pretrained import revenue_share, ship_mean, validated_tasks
+from flexirl.programs.pretrained import ship_mean, validated_tasks, worth_shares
 
 
 def test_it_comes_with_the_package() -> None:
@@ -33,9 +33,10 @@ def test_it_comes_with_the_package() -> None:
 def test_it_earns_what_its_metadata_says() -> None:
     policy = make_policy(PRETRAINED)
     assert isinstance(policy, LearnedPolicy)
-    share = revenue_share(policy.network, validated_tasks(policy.metadata["training"]), PRETRAINED_SEED)
-    assert share == pytest.approx(policy.metadata["revenue_share"], abs=2e-3)
-    assert len(policy.network.numbers) == len(policy.metadata["seeds"]) == 5
+    said = policy.metadata["worth_shares"]
+    some = worth_shares(policy.network, validated_tasks(policy.metadata["training"], 8), PRETRAINED_SEED)
+    assert some == pytest.approx(said[:8], rel=0.01) and len(said) == 66
+    assert len(policy.network.numbers) == len(policy.metadata["seeds"]) == 3
 
 
 TRAINING = ("workload=tiny", "workload.duration_s=6", "workload.warmup_s=0", "engine=cpu-tiny")
@@ -57,12 +58,12 @@ def test_the_mean_of_several_runs_ships_and_says_what_all_earned(tmp_path: Path)
     shares, share = ship_mean(runs, tmp_path / "shipped.onnx")
     shipped = load_policy(tmp_path / "shipped.onnx")
     tasks = load_tasks(OmegaConf.create(shipped.metadata["training"]))
-    alone = [revenue_share(load_policy(run / "policy.onnx").network, tasks, PRETRAINED_SEED) for run in runs]
+    alone = [worth_shares(load_policy(run / "policy.onnx").network, tasks, PRETRAINED_SEED)[0] for run in runs]
     between = load_policy(run_folder(tmp_path / "c", 5, -0.5) / "policy.onnx").network
     assert shares == {3: alone[0], 4: alone[1]} and alone[0] < alone[1]
-    assert share == pytest.approx(revenue_share(between, tasks, PRETRAINED_SEED), rel=1e-3)
+    assert share == pytest.approx(worth_shares(between, tasks, PRETRAINED_SEED)[0], rel=1e-3)
     assert shipped.metadata["seeds"] == {str(seed): earned for seed, earned in shares.items()}
-    assert shipped.metadata["revenue_share"] == share
+    assert shipped.metadata["worth_shares"] == [share]
 
 
 def test_runs_that_differ_by_more_than_their_seed_are_refused(tmp_path: Path) -> None:

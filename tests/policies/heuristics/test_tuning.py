@@ -26,12 +26,12 @@ class AttainmentFallsBeyond:
     def attainment(self, policy: Any) -> float:
         return 0.8 if policy.latency_budget_s <= self.budget_s else 0.7
 
-    def revenues(self, settings: np.ndarray) -> np.ndarray:
+    def worths(self, settings: np.ndarray) -> np.ndarray:
         raise AssertionError("no dials are searched")
 
 
 class Hill:
-    """Episodes whose revenue is highest at one setting of the dials."""
+    """Episodes whose worth is highest at one setting of the dials."""
 
     def __init__(self, *top: float) -> None:
         self.top = np.zeros(NUM_DIALS)
@@ -40,7 +40,7 @@ class Hill:
     def attainment(self, policy: Policy) -> float:
         raise AssertionError(f"{policy.name} was evaluated")
 
-    def revenues(self, settings: np.ndarray) -> np.ndarray:
+    def worths(self, settings: np.ndarray) -> np.ndarray:
         return -((settings - self.top) ** 2).sum(axis=1)
 
 
@@ -65,7 +65,7 @@ def test_dials_climb_to_the_top() -> None:
     start: Any = make_policy("fixed_dials")
     tuned: Any = tune(start, hill, SLO_50_MS, 3)
     assert tuned == tune(start, hill, SLO_50_MS, 3) and not tuned.tune
-    assert hill.revenues(tuned.positions[None]) > 0.2 * hill.revenues(start.positions[None])
+    assert hill.worths(tuned.positions[None]) > 0.2 * hill.worths(start.positions[None])
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ FIELDS = {
     "preempt": ["preempt_count"],
     "relegate": ["relegate"],
     "window": ["deferred_margin_s"],
+    "kept_cache": ["immediate_cache_share"],
 }
 
 

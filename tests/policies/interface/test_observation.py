@@ -40,6 +40,8 @@ class Slow:
             "preemptions": float(requests["preemptions"].sum()),
             "immediate output": float(arrived["generated"].sum()),
             "deferred output": float(deferred["generated"].sum()),
+            "admitted": float(self.state.classes["admitted_prompt"][IMMEDIATE]),
+            "found": float(self.state.classes["found_prompt"][IMMEDIATE]),
             "immediate finished": float((arrived["status"] == FINISHED).sum()),
             "deferred finished": float((deferred["status"] == FINISHED).sum()),
         }  # fmt: skip
@@ -112,7 +114,13 @@ class Slow:
         features["immediate_ahead_min"] = min(leads, default=2.0)
         features["immediate_ahead_mean"] = float(np.mean(np.clip(leads, -2, 2))) if leads else 2.0
         features["immediate_behind"] = float(np.mean(np.array(leads) < 0)) if leads else 0.0
-        held = requests["kv_blocks"][requests["status"] == RUNNING].sum()
+        running, nodes = requests[requests["status"] == RUNNING], state.nodes[: state.scheduler["nodes"][0]]
+        held = (running["kv_blocks"] - running["cached"]).sum() + nodes["blocks"][nodes["users"] > 0].sum()
+        for name, group in (("immediate", IMMEDIATE), ("deferred", DEFERRED)):
+            idle = nodes[(nodes["users"] == 0) & (nodes["owner"] == group)]
+            features[f"{name}_idle"] = idle["blocks"].sum() / engine["kv_blocks"]
+        admitted = self.running_mean("admitted", 30)
+        features["immediate_found"] = self.running_mean("found", 30) / admitted if admitted > 0 else 0.0
         features["kv_free"] = 1 - held / engine["kv_blocks"]
         swapped = requests["host_blocks"][requests["status"] == WAITING].sum()
         features["host_kv_used"] = swapped / engine["host_kv_blocks"] if engine["host_kv_blocks"] else 0.0
@@ -165,24 +173,30 @@ class Slow:
         return [(numbers + [None] * size)[i] for numbers, size in columns for i in range(size)]
 
 
+CONTESTED = small_task(
+    Requests(80, 80, 6.0, in_common=400), Requests(60, 60, 0.0, (200, 2000), (10, 200), in_common=100),
+    engine=small_engine(prefix_caching=1),
+)  # fmt: skip
 WINDOWED = Requests(60, 60, 0.0, (200, 2000), (10, 200), window_s=15.0, predicted=True)
 OF_THE_ENGINE = {"least_step", "cache_prefill"}  # the same all the time
 OF_WINDOWS = {"deferred_urgency", "deferred_window", "deferred_predicted"}
+OF_MEMORY = {"immediate_idle", "immediate_found", "deferred_idle"}  # and of requests that have something in common
 OF_OVERLOAD = {"lost_10s", "immediate_behind", "immediate_given_up"}
 
 
 @pytest.mark.parametrize(
     ("task", "still"),
     [
-        (small_task(), OF_WINDOWS | OF_OVERLOAD),
-        (small_task(deferred=WINDOWED, deferred_order="deadline"), OF_OVERLOAD),
+        (small_task(), OF_WINDOWS | OF_MEMORY | OF_OVERLOAD),
+        (small_task(deferred=WINDOWED, deferred_order="deadline"), OF_MEMORY | OF_OVERLOAD),
         (
             small_task(Requests(250, 250, 7.0), engine=small_engine(host_kv_blocks=0)),
-            OF_WINDOWS | {"host_kv_used", "immediate_behind"},
+            OF_WINDOWS | OF_MEMORY | {"host_kv_used", "immediate_behind"},
         ),
-        (small_task(action="scores", deferred=WINDOWED), OF_OVERLOAD | {"immediate_unprefilled"}),
+        (CONTESTED, OF_WINDOWS | OF_OVERLOAD | {"immediate_unprefilled"}),
+        (small_task(action="scores", deferred=WINDOWED), OF_MEMORY | OF_OVERLOAD | {"immediate_unprefilled"}),
     ],
-    ids=["backlog", "windows", "overload", "scores"],
+    ids=["backlog", "windows", "overload", "memory", "scores"],
 )
 def test_every_number_is_what_its_description_says(task: Task, still: set[str]) -> None:
     """And all numbers move in the course of the episode, but for those that `still` and `OF_THE_ENGINE` name."""

@@ -48,7 +48,7 @@ class Wishes(Fleet):
         return super().step(action)
 
     def episode_figures(self, member: int) -> dict[str, float]:
-        return {"revenue_share": 10.0 - self.missed[member] / self.steps}
+        return {"worth_share": 10.0 - self.missed[member] / self.steps}
 
 
 def test_the_agent_finds_what_each_task_wants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

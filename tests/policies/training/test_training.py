@@ -34,7 +34,7 @@ def test_history_checkpoints_and_events(name: str, tmp_path: Path) -> None:
     assert [row["steps"] for row in watching.history] == [MEMBERS, 256, 512, 512]  # and after the last update
     assert json.loads((tmp_path / "history.json").read_text()) == watching.history
     assert all(set(row) == {"steps", "reward", *FIGURES} for row in watching.history)
-    best_row = max(watching.history, key=lambda row: row["revenue_share"])
+    best_row = max(watching.history, key=lambda row: row["worth_share"])
     assert watching.best == best_row
 
     # The files are what they are said to be: validated again, they earn the same.
@@ -56,19 +56,19 @@ def test_history_checkpoints_and_events(name: str, tmp_path: Path) -> None:
         assert {f"{group}/{figure}" for figure in ("reward", *FIGURES)} <= tags["scalars"]
     assert any(tag.startswith("train/") and "loss" in tag for tag in tags["scalars"])
     assert last["validation/revenue_per_s"][-1] == pytest.approx(watching.history[-1]["revenue_per_s"])
-    assert last["validation/best_revenue_per_s"] == pytest.approx([best_row["revenue_per_s"]])
+    assert last["validation/best_worth_share"] == pytest.approx([best_row["worth_share"]])
     names = [dial.name for dial in DIALS] if KIND[name] == "dials" else ["0"]
     assert tags["histograms"] == {f"action/{number}" for number in names}
 
 
 def test_the_best_checkpoint_is_that_of_the_best_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    revenues = iter([3.0, 1.0, 5.0, 4.0, 5.0, 2.0])
+    worths = iter([3.0, 1.0, 5.0, 4.0, 5.0, 2.0])
     monkeypatch.setattr(
-        training, "validate", lambda *_: {**dict.fromkeys(FIGURES, 0.5), "reward": 0.0, "revenue_share": next(revenues)}
+        training, "validate", lambda *_: {**dict.fromkeys(FIGURES, 0.5), "reward": 0.0, "worth_share": next(worths)}
     )
     _, watching = watch("ppo", tmp_path, steps=512, every=128)
     assert [row["steps"] for row in watching.history] == [8, 128, 256, 384, 512, 512]
-    assert watching.best["revenue_share"] == 5.0 and watching.best["steps"] == 256
+    assert watching.best["worth_share"] == 5.0 and watching.best["steps"] == 256
     assert ALGORITHMS["ppo"].load(tmp_path / "best.zip", device="cpu").num_timesteps == 256  # the earlier of two
     assert ALGORITHMS["ppo"].load(tmp_path / "policy.zip", device="cpu").num_timesteps == 512
 

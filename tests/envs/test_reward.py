@@ -24,12 +24,12 @@ PROMPT_PRICE, OUTPUT_PRICE, DISCOUNT = 1.0, 4.0, 0.5
 DRAINED = small_task(Requests(300, 300, 3.0), Requests(40, 40, 0.5, (200, 2000), (10, 300), window_s=12.0), 60.0)
 
 
-def play(task: Task, actions: list[np.ndarray]) -> tuple[float, State]:
-    """The rewards of one episode in price units, and how it ended."""
+def play(task: Task, actions: list[np.ndarray]) -> tuple[float, State, dict[str, float]]:
+    """The rewards of one episode in price units, how it ended, and its figures."""
     fleet = Fleet(task, 1)
     fleet.reset(2)
     total = sum(float(fleet.step(action)[1][0]) for action in actions)
-    return total * float(fleet._reward["scale"][0]) * task.interval_s, fleet.state(0)
+    return total * float(fleet._reward["scale"][0]) * task.interval_s, fleet.state(0), fleet.episode_figures(0)
 
 
 def value(requests: np.ndarray) -> float:
@@ -50,7 +50,7 @@ def revenue(state: State, since_s: float = 0.0) -> float:
 
 @pytest.mark.parametrize("steps", [7, 40, 300])
 def test_rewards_sum_to_deferred_work_done_less_immediate_value_lost(steps: int) -> None:
-    total, state = play(DRAINED, random_actions(DRAINED, 1, steps, seed=1))
+    total, state, _ = play(DRAINED, random_actions(DRAINED, 1, steps, seed=1))
     r = state.requests[state.requests["status"] != FUTURE]
     immediate, deferred = r[r["request_class"] == IMMEDIATE], r[r["request_class"] == DEFERRED]
     # What waits after a preemption counts for nothing until it is back in the batch.
@@ -68,7 +68,7 @@ def test_over_a_drained_episode_rewards_are_revenue_less_a_constant() -> None:
     greedy = np.ones((1, NUM_DIALS), np.float32)
     greedy[0, 5] = 0.0  # but for preempting
     for actions in ([idle] * 300, [greedy] * 300, random_actions(DRAINED, 1, 300, seed=3)):
-        total, state = play(DRAINED, actions)
+        total, state, _ = play(DRAINED, actions)
         assert not np.isin(state.requests["status"], (WAITING, RUNNING)).any()
         assert state.scheduler["trace_next"][0] == 340
         revenues.append(revenue(state))
@@ -84,7 +84,7 @@ def test_rewards_by_value_sum_to_value_less_a_constant() -> None:
     task = replace(DRAINED, scenario=replace(DRAINED.scenario, immediate=crowd), reward=VALUE)
     constants, values = [], []
     for actions in ([np.zeros((1, NUM_DIALS), np.float32)] * 300, random_actions(task, 1, 300, seed=3)):
-        total, state = play(task, actions)
+        total, state, figures = play(task, actions)
         r = state.requests[state.requests["status"] == FINISHED]
         assert not np.isin(state.requests["status"], (WAITING, RUNNING)).any()
         immediate, deferred = r[r["request_class"] == IMMEDIATE], r[r["request_class"] == DEFERRED]
@@ -98,6 +98,7 @@ def test_rewards_by_value_sum_to_value_less_a_constant() -> None:
         on_time = deferred["finish_s"] <= deferred["arrival_s"] + 12.0
         values.append((price * worth).sum() - 0.5 * price[gave_up].sum() + DISCOUNT * value(deferred[on_time]))
         constants.append(values[-1] - total)
+        assert figures["value_per_s"] * state.scheduler["now_s"][0] == pytest.approx(values[-1])
         assert gave_up.any() and ((worth > 0) & (worth < 1)).any()
     everything = value(state.requests[(state.requests["request_class"] == IMMEDIATE) & (state.requests["status"] > 0)])
     assert constants == pytest.approx([everything] * 2, rel=1e-3) and values[0] != values[1]

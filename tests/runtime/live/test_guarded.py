@@ -96,8 +96,11 @@ def test_infinity_is_sound_and_every_field_is_looked_at() -> None:
     assert unsound(default_decision()) is None
     for name in default_decision().dtype.names or ():
         if default_decision().dtype[name] == np.float64:
-            assert unsound(decision_with(**{name: np.inf})) is None
+            assert unsound(decision_with(**{name: np.inf})) == (
+                "length_quantile=inf" if name == "length_quantile" else None
+            )
             assert unsound(decision_with(**{name: np.nan})) == f"{name}=nan"
+    assert [unsound(decision_with(length_quantile=q)) for q in (0.8, -0.1)] == [None, "length_quantile=-0.1"]
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_queue_is_a_sorted_list(count: int, seed: int, operations: list[tuple[st
             push(state, r)
             state.classes["ended_otherwise"][state.requests["request_class"][r]] -= 1
         elif operation == "reorder":
-            reorder(state, draw % 2, ORDERS[draw // 2 % len(ORDERS)], WEIGHT_S, EXPECTED)
+            reorder(state, draw % 2, ORDERS[draw // 2 % len(ORDERS)], WEIGHT_S, EXPECTED, 0.0)
         elif operation == "relegate" and waiting and state.requests["request_class"][r] == IMMEDIATE:
             remove(state, r)
             state.requests["relegated"][r] = 1
@@ -120,7 +120,7 @@ def test_queue_is_a_sorted_list(count: int, seed: int, operations: list[tuple[st
 def test_popping_yields_the_order(order: int) -> None:
     state = queued_state(300, np.random.default_rng(1))
     for request_class in (IMMEDIATE, DEFERRED):
-        reorder(state, request_class, order, WEIGHT_S, EXPECTED)
+        reorder(state, request_class, order, WEIGHT_S, EXPECTED, 0.0)
         expected = sorted_queue(state, request_class)
         popped = []
         while (r := head(state, request_class)) != NONE:
@@ -132,7 +132,7 @@ def test_popping_yields_the_order(order: int) -> None:
 def test_one_queue_of_both_classes() -> None:
     state = queued_state(200, np.random.default_rng(2))
     for request_class in (IMMEDIATE, DEFERRED):
-        reorder(state, request_class, SHORTEST, WEIGHT_S, EXPECTED)
+        reorder(state, request_class, SHORTEST, WEIGHT_S, EXPECTED, 0.0)
     lengths = []
     while (r := merged_head(state)) != NONE:
         lengths.append((int(state.requests["prompt_tokens"][r]), r))
@@ -153,7 +153,7 @@ def test_work_per_operation_grows_with_the_logarithm() -> None:
     """100,000 waiting requests: serving the head and queueing it again, 2,000 times, melds over short spines."""
     count, rounds = 100_000, 2_000
     state = queued_state(count, np.random.default_rng(3))
-    reorder(state, IMMEDIATE, SHORTEST, 0.0, 0.0)
+    reorder(state, IMMEDIATE, SHORTEST, 0.0, 0.0, 0.0)
     walked = 0
     for _ in range(rounds):
         r = head(state, IMMEDIATE)
@@ -169,7 +169,7 @@ def test_work_per_operation_grows_with_the_logarithm() -> None:
 
 def test_relegated_requests_stand_behind_those_without_a_promise() -> None:
     state = queued_state(50, np.random.default_rng(4))
-    reorder(state, IMMEDIATE, DEADLINE, TICK_S, 0.0)
+    reorder(state, IMMEDIATE, DEADLINE, TICK_S, 0.0, 0.0)
     mine = np.flatnonzero(state.requests["request_class"] == IMMEDIATE)
     promised = mine[np.isfinite(state.requests["ttft_deadline_s"][mine])]
     for r in promised:

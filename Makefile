@@ -14,14 +14,13 @@ serve: .venv/installed-serve
 	$(BIN)/python -m flexirl.serve
 
 # The policy that comes with the package, the mean of three seeds, made anew: an hour on two cores, two at a time.
-# Interrupted, it goes on where it stopped; outputs/pretrained holds what is done.
+# Interrupted, it starts the seeds again that were not done; outputs/pretrained holds those that were.
 pretrained: $(foreach seed,0 1 2,outputs/pretrained/$(seed)/policy.onnx)
 	$(BIN)/python -m flexirl.pretrained $(^D)
 
 outputs/pretrained/%/policy.onnx: | .venv/installed
-	$(BIN)/python -m flexirl.train mixture=general validation.members=66 total_steps=0 seed=$* \
-		$(if $(wildcard outputs/pretrained/$*/lessons.npz),resume=outputs/pretrained/$*/policy.zip) \
-		policies='[qoserve]' seeds=1 hydra.run.dir=outputs/pretrained/$*
+	$(BIN)/python -m flexirl.train mixture=general total_steps=16000000 validation.every_steps=2000000 \
+		validation.members=66 seed=$* policies='[keep_cache]' seeds=1 hydra.run.dir=outputs/pretrained/$*
 
 test: .venv/installed-test
 	$(BIN)/ruff check .

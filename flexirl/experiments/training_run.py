@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
-from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.save_util import load_from_zip_file
 
 from flexirl.envs.fleet import Fleet, Task
 from flexirl.envs.sb3 import BatchingVecEnv
@@ -21,11 +21,10 @@ from flexirl.experiments.seeds import TUNING_SEED
 from flexirl.experiments.values import count_of
 from flexirl.policies.heuristics.fixed_dials import SETTINGS_SEARCHED, search_dials
 from flexirl.policies.interface.action import NUM_DIALS
-from flexirl.policies.training import probing
 from flexirl.policies.training.agents import ALGORITHMS, make_agent, start_at
+from flexirl.policies.training.probing import Probing
 from flexirl.progress import progress_bar
 
-LESSONS = "lessons.npz"  # beside policy.zip while probing goes on
 TUNED_ON = 16  # tasks of a mixture on which the constant dials to start from are searched
 
 
@@ -52,6 +51,10 @@ def load_engines(config: DictConfig, tasks: list[Task], held_out: Task) -> Engin
         training = Fleet(tasks, members, group_size, traces)
         watched = load_validation_tasks(config) if len(tasks) > 1 else held_out
         return Engines(training, training, Fleet(watched, episodes, 1, episodes), on_surrogate)
+    if config.agent.algorithm == "probing":
+        raise UserError(
+            "agent=probing replays arrivals side by side, which no live engine can; choose agent=grouped_ppo."
+        )
     if config.executor != "live":
         raise UserError(f"executor={config.executor} is no engine to train on; choose surrogate or live.")
     if members != 1 or episodes != 1:
@@ -67,7 +70,7 @@ def load_engines(config: DictConfig, tasks: list[Task], held_out: Task) -> Engin
 
 
 def load_agent(config: DictConfig, env: BatchingVecEnv, log_folder: Path, seed: int) -> BaseAlgorithm:
-    """A new agent, or the one of `resume`."""
+    """A new agent, or the one of `resume`; grouped PPO can go on from what probing has found."""
     settings: dict[str, Any] = OmegaConf.to_container(config.agent, resolve=True)  # type: ignore[assignment]
     if config.resume is None:
         return make_agent(settings, env, int(config.env.group_size), seed, log_folder)
@@ -78,40 +81,26 @@ def load_agent(config: DictConfig, env: BatchingVecEnv, log_folder: Path, seed: 
         size = int(config.env.group_size)
         grouping = {"group_size": size, "rollout_buffer_kwargs": {"group_size": size}}
     try:
-        agent = ALGORITHMS[settings["algorithm"]].load(config.resume, env=env, device="cpu", **grouping)
+        if settings["algorithm"] == "grouped_ppo" and "probed" in (load_from_zip_file(config.resume)[0] or {}):
+            agent = make_agent(settings, env, int(config.env.group_size), seed, log_folder)
+            agent.policy.load_state_dict(Probing.load(config.resume, env=env, device="cpu").policy.state_dict())
+        else:
+            agent = ALGORITHMS[settings["algorithm"]].load(config.resume, env=env, device="cpu", **grouping)
     except (ValueError, KeyError, AssertionError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"resume={config.resume} cannot go on here ({error}); give the same agent and env.") from None
     agent.tensorboard_log = str(log_folder)
     return agent
 
 
-def warm_start(
-    agent: BaseAlgorithm, tasks: list[Task], seed: int, folder: Path, resume: Path | None, progress: bool
-) -> None:
-    """Sets a new agent to the best constant dials found for all tasks; of a mixture, goes on from there by probing.
+def warm_start(agent: BaseAlgorithm, tasks: list[Task], seed: int, progress: bool) -> None:
+    """Sets a new agent to the best constant dials found for all tasks."""
+    with progress_bar(SETTINGS_SEARCHED, " settings", progress, desc="searching dials", leave=False) as bar:
 
-    While that goes on, `folder` holds the agent of the last round, and LESSONS beside it. resume: the agent's file; if
-    LESSONS lies beside it, probing is gone on with, else nothing is left to do.
-    """
-    tuning_seed = TUNING_SEED + 1000 * seed
-    after = probing.NOTHING
-    if resume is None:
-        with progress_bar(SETTINGS_SEARCHED, " settings", progress, desc="searching dials", leave=False) as bar:
+        def worth(settings: np.ndarray) -> np.ndarray:
+            found = worth_of_dials(tasks, settings, max(3, len(tasks[:TUNED_ON])), TUNING_SEED + 1000 * seed)
+            bar.update(len(settings))
+            return found
 
-            def worth(settings: np.ndarray) -> np.ndarray:
-                found = worth_of_dials(tasks, settings, max(3, len(tasks[:TUNED_ON])), tuning_seed)
-                bar.update(len(settings))
-                return found
-
-            dials = search_dials(np.zeros(NUM_DIALS), worth, seed)
-        print(f"starting from the best constant dials found: {np.round(dials, 2).tolist()}")
-        start_at(agent, dials.tolist())
-    elif resume.with_name(LESSONS).is_file():
-        after = probing.Progress.load(resume.with_name(LESSONS))
-    else:
-        return
-    if len(tasks) > 1 and not isinstance(agent, RecurrentPPO):  # whose memory single observations cannot teach
-        for reached in probing.improve(agent, tasks, tuning_seed, after, progress):
-            agent.save(folder / "policy.zip")
-            reached.save(folder / LESSONS)
-        (folder / LESSONS).unlink(missing_ok=True)
+        dials = search_dials(np.zeros(NUM_DIALS), worth, seed)
+    print(f"starting from the best constant dials found: {np.round(dials, 2).tolist()}")
+    start_at(agent, dials.tolist())

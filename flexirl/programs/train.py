@@ -26,8 +26,8 @@ from flexirl.experiments.seeds import VALIDATION_SEED
 from flexirl.experiments.training_run import load_agent, load_engines, warm_start
 from flexirl.experiments.values import count_of, flag_of, names_of, seed_of
 from flexirl.policies.registry import check_names
-from flexirl.policies.training import probing
 from flexirl.policies.training.export import export
+from flexirl.policies.training.probing import Probing
 from flexirl.policies.training.training import Training
 
 
@@ -58,9 +58,8 @@ def run(config: DictConfig) -> float:
     watching = Training(engines.validation, folder, total_steps, every_steps, VALIDATION_SEED + seed, progress)
     print(f"{task.scenario.name} on {task.engine.name}: {task.reward.name} reward optimises {task.reward.optimises}")
     try:
-        if task.action == "dials" and config.agent.warm_start:
-            resume = None if config.resume is None else Path(config.resume)
-            warm_start(agent, tasks, seed, folder, resume, progress)
+        if task.action == "dials" and config.agent.warm_start and config.resume is None:
+            warm_start(agent, tasks, seed, progress)
         agent.learn(total_steps, callback=watching, reset_num_timesteps=config.resume is None)
     except KeyboardInterrupt:
         if watching.history:
@@ -70,6 +69,8 @@ def run(config: DictConfig) -> float:
         raise
     env.close()
     best = type(agent).load(folder / "best.zip", device="cpu")
+    if isinstance(best, Probing):
+        best.lessons = []  # of use in the middle of a training only
     best.save(folder / "policy.zip")
     report(config, folder, best, watching, task, held_out, engines.runner)
     return watching.best["worth_share"]
@@ -96,7 +97,6 @@ def report(
             "action": task.action, "immediate_order": task.immediate_order, "deferred_order": task.deferred_order,
             "interval_s": task.interval_s, "command": command("train"),
             "training": OmegaConf.to_container(config, resolve=True), "validation": watching.best,
-            "probing": None if config.get("mixture") is None else probing.settings(),
         }  # fmt: skip
         export(agent, folder / "policy.onnx", metadata)
         names.insert(0, str(folder / "policy.onnx"))

@@ -17,10 +17,12 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from flexirl.errors import UserError
-from flexirl.policies.interface.action import GRID_ZERO
+from flexirl.policies.interface.action import GRID_ZERO, NUM_DIALS
 from flexirl.policies.training.grouped_ppo import GroupedPPO
+from flexirl.policies.training.probing import Probing
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
+    "probing": Probing,
     "grouped_ppo": GroupedPPO,
     "ppo": PPO,
     "a2c": A2C,
@@ -66,6 +68,8 @@ def make_agent(config: dict[str, Any], env: VecEnv, group_size: int, seed: int, 
     discrete = isinstance(env.action_space, gym.spaces.Discrete)
     if name in ("dqn", "maskable_ppo") and not discrete:
         raise UserError(f"agent={name} needs one discrete choice; add env=grid.")
+    if name == "probing" and env.action_space.shape != (NUM_DIALS,):
+        raise UserError("agent=probing moves dials, and nothing else; add agent=grouped_ppo, or env=dials.")
     hyperparameters = dict(config["hyperparameters"])
     network = dict(config["network"])
     if network["activation"] not in ACTIVATIONS:

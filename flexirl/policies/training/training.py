@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 from sb3_contrib import MaskablePPO
+from stable_baselines3 import DQN
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
 from flexirl.envs.fleet import Fleet
 from flexirl.envs.rollout import play
 from flexirl.policies.interface.action import DIALS
+from flexirl.policies.training.probing import Probing
 from flexirl.progress import progress_bar
 
 FIGURES = (
@@ -83,15 +85,14 @@ class Training(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        self._progress.update(self.num_timesteps - self._progress.n)
+        self._progress.update(self.model.num_timesteps - self._progress.n)
         if self._episodes:
             self.logger.record("episode/reward", float(np.mean(self._rewards)))
             for name in FIGURES:
                 self.logger.record(f"episode/{name}", float(np.mean([figures[name] for figures in self._episodes])))
-        buffer = getattr(self.model, "rollout_buffer", None)
-        taken = buffer.actions if buffer is not None else self._actions
+        taken = self._actions if isinstance(self.model, DQN | Probing) else self.model.rollout_buffer.actions  # type: ignore[attr-defined]
         writer = self._tensorboard()
-        if writer is not None and taken is not None:
+        if writer is not None and taken is not None and len(taken) > 0:
             numbers = np.asarray(taken, np.float32).reshape(-1, int(np.prod(self.model.action_space.shape or 1)))
             names = [dial.name for dial in DIALS] if numbers.shape[1] == len(DIALS) else None
             for i in range(numbers.shape[1]):

@@ -21,6 +21,7 @@ from flexirl.policies.training.agents import make_agent
 
 MEMBERS, GROUP = 8, 4
 TINY = {
+    "probing": ["episodes=2", "remembered=2", "updates=20"],
     "grouped_ppo": ["n_steps=16", "batch_size=64", "n_epochs=1"],
     "ppo": ["n_steps=16", "batch_size=64", "n_epochs=1"],
     "a2c": [],

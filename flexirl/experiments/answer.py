@@ -67,6 +67,18 @@ def lead(rows: Sequence[Row], policy: str, other: str) -> Lead:
     return Lead(float(np.mean(differences)), width)
 
 
+def training_in_words(history: Sequence[Mapping[str, float]]) -> str:
+    """What training was good for, by the validations of `Training.history`, the first of which is of the start."""
+    start, best = history[0], max(history, key=lambda row: row["worth_share"])
+    if best is start:
+        return "Training earned nothing: no validation after it was above that of the start, which is what is exported."
+    gained = best["worth_share"] / start["worth_share"] - 1 if start["worth_share"] > 0 else float("inf")
+    return (
+        f"Training raised what validation earns by {gained:.1%} in {best['steps']:,.0f} decisions; its value per second "
+        f"went from {start['value_per_s']:,.0f} to {best['value_per_s']:,.0f}."
+    )
+
+
 def answer_in_words(rows: Sequence[Row], files: Mapping[str, Path]) -> list[str]:
     """Who earns most, how much more than `vllm_priority` and than the best rule, what it costs, what to run next.
 
@@ -102,7 +114,7 @@ def _compared(rows: Sequence[Row], name: str, other: str, title: str) -> str:
     if found.half_width is None:
         return f"Against {title} {share} of value, on a single run: seeds=5 would tell how sure that is."
     sure = "" if abs(found.mean) > found.half_width else ": no difference that so few runs show"
-    return f"Against {title} {share} of value (95% interval {share} +- {found.half_width / base:.1%}){sure}."
+    return f"Against {title} {share} of value, +- {found.half_width / base:.1%} (95% interval){sure}."
 
 
 def _cost(ranked: Sequence[Row], best: Row) -> list[str]:

@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from flexirl.envs.fleet import Task
 from flexirl.envs.sb3 import BatchingVecEnv
-from flexirl.experiments.answer import answer_in_words, workload_in_words
+from flexirl.experiments.answer import answer_in_words, training_in_words, workload_in_words
 from flexirl.experiments.comparison import Runner, compare, table, write_leaderboard
 from flexirl.experiments.configuration import held_out_task, load_task, load_tasks
 from flexirl.experiments.plots import plot_comparison, plot_history, plot_timeline
@@ -112,6 +112,7 @@ def report(
         for picture in ("reward", "comparison", "timeline"):
             tensorboard.add_image(picture, imread(folder / f"{picture}.png"), dataformats="HWC")
     print(table(comparison.rows))
+    print(training_in_words(watching.history))
     for sentence in answer_in_words(comparison.rows, {str(comparison.rows[0]["policy"]): folder / "policy.onnx"}):
         print(sentence)
     best = json.dumps({"best_validation_revenue_per_s": watching.best["revenue_per_s"], "folder": str(folder)})

@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from flexirl.benchmarks.suites import composed
-from flexirl.experiments.answer import answer_in_words, lead, workload_in_words
+from flexirl.experiments.answer import answer_in_words, lead, training_in_words, workload_in_words
 from flexirl.experiments.configuration import load_task
 from flexirl.workloads.readers import read_trace
 
@@ -41,9 +41,21 @@ def test_who_earns_most_by_how_much_and_how_to_run_it() -> None:
     rows = rows_of(vllm_priority=[100, 100], qoserve=[110, 110], mine=[120, 122], immediate_only=[500, 500])
     said = answer_in_words(rows, {"mine": Path("out dir/mine.onnx")})
     assert said[0] == "mine earns most."
-    assert said[1].startswith("Against vllm_priority +21.0% of value (95% interval +21.0% +- 12.7%).")
+    assert said[1].startswith("Against vllm_priority +21.0% of value, +- 12.7% (95% interval).")
     assert said[2].startswith("Against the best rule, qoserve, +10.0% of value")
     assert said[-1].endswith("prompts=FILE.jsonl 'policy=out dir/mine.onnx'")
+
+
+def test_what_training_was_good_for_is_said() -> None:
+    worth = [0.5, 0.55, 0.54]
+    history = [
+        {"steps": 100.0 * i, "worth_share": share, "value_per_s": 10_000 * share} for i, share in enumerate(worth)
+    ]
+    assert training_in_words(history) == (
+        "Training raised what validation earns by 10.0% in 100 decisions; its value per second went from 5,000 to 5,500."
+    )
+    assert training_in_words(history[:1]).startswith("Training earned nothing")
+    assert training_in_words([history[1], history[0], history[2]]).startswith("Training earned nothing")
 
 
 def test_what_so_few_runs_do_not_show_is_said() -> None:

@@ -97,12 +97,11 @@ class Probing(PPO):
         actions = np.zeros((0, NUM_DIALS), np.float32)
         going = total == 0 or self._tell(callback, infos, actions)  # of the start
         while going and self.num_timesteps < total:
-            before = copy.deepcopy(self.policy.state_dict()), self.num_timesteps
+            before = copy.deepcopy(self.policy.state_dict())
             try:
-                infos, actions = self._round(float(np.interp(self.num_timesteps / total, [0, 1], self.moves)), callback)
+                infos, actions = self._round(float(np.interp(self.num_timesteps / total, [0, 1], self.moves)))
             except KeyboardInterrupt:
-                self.policy.load_state_dict(before[0])
-                self.num_timesteps = before[1]
+                self.policy.load_state_dict(before)
                 raise
             going = self._tell(callback, infos, actions)
             self.logger.dump(self.num_timesteps)
@@ -111,23 +110,26 @@ class Probing(PPO):
 
     def _tell(self, callback: Any, infos: list[dict[str, Any]], actions: np.ndarray) -> bool:
         callback.update_locals({"infos": infos, "actions": actions})
-        return bool(callback.on_step())
+        going = bool(callback.on_step())
+        callback.on_rollout_end()
+        return going
 
-    def _round(self, move: float, callback: Any) -> tuple[list[dict[str, Any]], np.ndarray]:
+    def _round(self, move: float) -> tuple[list[dict[str, Any]], np.ndarray]:
         tasks = self.env.fleet.tasks  # type: ignore[union-attr]
         found: list[Lesson] = []
         infos: list[dict[str, Any]] = []
+        decisions = 0
         for first in range(0, self.episodes, TOGETHER):
             numbers = range(self.probed + first, self.probed + min(first + TOGETHER, self.episodes))
             probed = probe(self, [self._task(tasks, i) for i in numbers], move, 1000 * int(self.seed or 0) + numbers[0])
             found += probed.lessons
             for figures, reward in zip(probed.figures, probed.rewards, strict=True):
                 infos.append({"figures": figures, "episode": {"r": reward}})
-            self.num_timesteps += probed.decisions
-            callback.on_rollout_end()
-        lessons = [*self.lessons[-self.remembered + 1 :], _together(found)]
+            decisions += probed.decisions
+        lessons = [*self.lessons, _together(found)][-self.remembered :]
         loss = _fit(self, lessons, self.updates, self.probed)
         self.lessons, self.probed = lessons, self.probed + self.episodes
+        self.num_timesteps += decisions
         self.logger.record("train/loss", loss)
         self.logger.record("train/move", move)
         return infos, np.concatenate([lesson.wanted for lesson in found])

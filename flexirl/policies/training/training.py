@@ -85,7 +85,7 @@ class Training(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        self._progress.update(self.model.num_timesteps - self._progress.n)
+        self._progress.update(self.num_timesteps - self._progress.n)
         if self._episodes:
             self.logger.record("episode/reward", float(np.mean(self._rewards)))
             for name in FIGURES:

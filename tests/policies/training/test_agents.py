@@ -65,7 +65,8 @@ def test_saved_agents_go_on(tmp_path: Path) -> None:
     [
         ("dqn", "dials", {}, "agent=dqn needs one discrete choice; add env=grid"),
         ("maskable_ppo", "dials", {}, "agent=maskable_ppo needs one discrete choice; add env=grid"),
-        ("ppo", "dials", {"algorithm": "sac"}, "agent.algorithm=sac is unknown; choose from grouped_ppo, ppo"),
+        ("probing", "grid", {}, "agent=probing moves dials, and nothing else; add agent=grouped_ppo, or env=dials"),
+        ("ppo", "dials", {"algorithm": "sac"}, "agent.algorithm=sac is unknown; choose from probing, grouped_ppo"),
         ("ppo", "dials", {"hyperparameters": {"rate": 1.0}, "decay_learning_rate": False}, "do not fit ppo.*rate"),
         ("ppo", "dials", {"hyperparameters": {"learning_rate": "fast"}}, "do not fit ppo.*fast"),
         ("ppo", "dials", {"network": {"layers": [8], "activation": "gelu", "log_std": -1}}, "gelu is unknown"),

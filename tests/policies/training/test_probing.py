@@ -10,25 +10,35 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from agent_toys import make, setting
+from agent_toys import setting
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from flexirl.envs.fleet import Fleet, Task
+from flexirl.envs.sb3 import BatchingVecEnv
 from flexirl.policies.interface.action import NUM_DIALS
 from flexirl.policies.interface.observation import SIZE
 from flexirl.policies.training import probing
+from flexirl.policies.training.agents import make_agent
 
 PROBED = probing.PROBED_DIALS
 
 # A task is known by its promise: an iteration is another share of it.
-TASK = setting("grouped_ppo", "dials")[1]
+TASK = setting("probing", "dials")[1]
 TASKS = [TASK, replace(TASK, slo=replace(TASK.slo, tpot_s=4 * TASK.slo.tpot_s))]
+ROUND = 2 * (1 + 2 * len(PROBED)) * 30  # decisions: two episodes of 30, each with every dial up and down
 
 
-def improve(agent: BaseAlgorithm, seed: int) -> None:
-    """All rounds."""
-    for _ in probing.improve(agent, TASKS, seed, probing.NOTHING, progress=False):
-        pass
+def probing_agent(folder: Path, tasks: Sequence[Task] = TASKS, seed: int = 3, **changes: Any) -> probing.Probing:
+    """A new agent, at zero of all dials."""
+    config = setting("probing", "dials")[0]
+    config = {**config, "hyperparameters": {**config["hyperparameters"], **changes}}
+    agent = make_agent(config, BatchingVecEnv(Fleet(tasks, 8, 4, 4), seed), 4, seed, folder)
+    assert isinstance(agent, probing.Probing)
+    return agent
+
+
+def acts(agent: BaseAlgorithm) -> np.ndarray:
+    return probing.mean_action(agent, np.zeros((1, SIZE), np.float32))
 
 
 class Wishes(Fleet):
@@ -53,11 +63,11 @@ class Wishes(Fleet):
 
 def test_the_agent_finds_what_each_task_wants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probing, "Fleet", Wishes)
-    for name, value in {"ROUNDS": 12, "EVERY": 1, "UPDATES": 300, "BATCH": 256}.items():
-        monkeypatch.setattr(probing, name, value)
-    agent = make("grouped_ppo", tmp_path)
+    monkeypatch.setattr(probing, "EVERY", 1)
+    monkeypatch.setattr(probing, "BATCH", 256)
+    agent = probing_agent(tmp_path, updates=300, remembered=4)
     before = [weight.clone() for weight in agent.policy.mlp_extractor.value_net.parameters()]
-    improve(agent, 1)
+    agent.learn(12 * ROUND)
     fleet = Fleet(TASKS, 2, 1, 2)
     observations = fleet.reset(99)
     errors = []
@@ -70,23 +80,59 @@ def test_the_agent_finds_what_each_task_wants(tmp_path: Path, monkeypatch: pytes
     assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
-def test_the_same_seed_makes_the_same_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"ROUNDS": 2, "UPDATES": 20, "BATCH": 256}.items():
-        monkeypatch.setattr(probing, name, value)
-
+def test_the_same_seed_makes_the_same_agent(tmp_path: Path) -> None:
     def improved(seed: int) -> np.ndarray:
-        agent = make("grouped_ppo", tmp_path)
-        improve(agent, seed)
-        return probing.mean_action(agent, np.zeros((1, SIZE), np.float32))
+        return acts(probing_agent(tmp_path, seed=seed).learn(2 * ROUND))
 
     assert (improved(2) == improved(2)).all() and (improved(2) != improved(3)).any()
+
+
+def test_steps_are_decisions_and_all_tasks_have_their_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probed: list[float] = []
+    probe = probing.probe
+
+    def watched(agent: BaseAlgorithm, tasks: Sequence[Task], move: float, seed: int) -> probing.Probe:
+        probed.extend(task.slo.ttft_s for task in tasks)
+        return probe(agent, tasks, move, seed)
+
+    monkeypatch.setattr(probing, "probe", watched)
+    tasks = [replace(TASK, slo=replace(TASK.slo, ttft_s=1.0 + i)) for i in range(6)]
+    agent = probing_agent(tmp_path, tasks).learn(5 * ROUND + 1)
+    assert agent.num_timesteps == 6 * ROUND and agent.probed == len(probed) == 12
+    assert sorted(probed[:6]) == sorted(probed[6:]) == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    assert len(agent.lessons) == 2
+
+
+def test_interrupted_it_goes_on_from_its_last_round_to_the_same_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = probing_agent(tmp_path).learn(4 * ROUND)
+    fit, calls = probing._fit, []
+
+    def interrupted(*given: Any) -> float:
+        calls.append(given)
+        loss = fit(*given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return loss
+
+    monkeypatch.setattr(probing, "_fit", interrupted)
+    agent = probing_agent(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        agent.learn(4 * ROUND)
+    agent.save(tmp_path / "policy.zip")
+    other = probing.Probing.load(tmp_path / "policy.zip", env=agent.env)
+    assert other.num_timesteps == 2 * ROUND
+    other.learn(2 * ROUND, reset_num_timesteps=False)
+    assert len(calls) == 5 and (acts(other) == acts(whole)).all()
 
 
 @pytest.mark.parametrize("tasks", [TASKS, TASKS[:1]])
 def test_lessons_are_of_the_agent_itself(tasks: Sequence[Task], tmp_path: Path) -> None:
     """Observations and actions are those of an episode that the agent plays alone."""
-    agent: Any = make("grouped_ppo", tmp_path)
-    lessons = probing.probe(agent, tasks, 0.2, seed=5)
+    agent = probing_agent(tmp_path, tasks)
+    probed = probing.probe(agent, tasks, 0.2, seed=5)
+    lessons = probed.lessons
     fleet = Fleet(tasks, len(tasks), 1, len(tasks))
     observations = fleet.reset(5)
     for step in range(30):
@@ -95,6 +141,8 @@ def test_lessons_are_of_the_agent_itself(tasks: Sequence[Task], tmp_path: Path) 
                 assert (lesson.observed[step // probing.EVERY] == observed).all()
         observations = fleet.step(probing.mean_action(agent, observations))[0]
     assert all(lesson.wanted.shape == lesson.weights.shape == (3, NUM_DIALS) for lesson in lessons)
+    assert probed.figures == [fleet.episode_figures(m) for m in range(len(tasks))]
+    assert probed.decisions == 30 * len(tasks) * (1 + 2 * len(PROBED))
 
 
 def test_tops_are_those_of_the_parabolas() -> None:

@@ -28,10 +28,12 @@ def watch(name: str, folder: Path, steps: int = 512, every: int = 256) -> tuple[
     return agent, watching
 
 
-@pytest.mark.parametrize("name", ["grouped_ppo", "dqn", "recurrent_ppo"])
+@pytest.mark.parametrize("name", ["probing", "grouped_ppo", "dqn", "recurrent_ppo"])
 def test_history_checkpoints_and_events(name: str, tmp_path: Path) -> None:
     agent, watching = watch(name, tmp_path)
-    assert [row["steps"] for row in watching.history] == [MEMBERS, 256, 512, 512]  # and after the last update
+    steps = [row["steps"] for row in watching.history]
+    # Before anything is learned, now and then, and after the last update; probing goes by rounds.
+    assert steps == ([0, 1020, 1020] if name == "probing" else [MEMBERS, 256, 512, 512])
     assert json.loads((tmp_path / "history.json").read_text()) == watching.history
     assert all(set(row) == {"steps", "reward", *FIGURES} for row in watching.history)
     best_row = max(watching.history, key=lambda row: row["worth_share"])
@@ -42,7 +44,7 @@ def test_history_checkpoints_and_events(name: str, tmp_path: Path) -> None:
     for file, row in (("best", best_row), ("policy", watching.history[-1])):
         loaded = ALGORITHMS[name].load(tmp_path / f"{file}.zip", device="cpu")
         assert validate(loaded, fleet, SEED) == {key: value for key, value in row.items() if key != "steps"}
-    assert agent.num_timesteps == 512
+    assert agent.num_timesteps == steps[-1]
 
     tags: dict[str, set[str]] = {"scalars": set(), "histograms": set()}
     last: dict[str, list[float]] = {}

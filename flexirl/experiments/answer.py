@@ -74,7 +74,7 @@ def training_in_words(history: Sequence[Mapping[str, float]]) -> str:
         return "Training earned nothing: no validation after it was above that of the start, which is what is exported."
     gained = best["worth_share"] / start["worth_share"] - 1 if start["worth_share"] > 0 else float("inf")
     return (
-        f"Training raised what validation earns by {gained:.1%} in {best['steps']:,.0f} decisions; its value per second "
+        f"Training raised what validation earns by {gained:.1%} in {best['steps']:,.0f} decisions: value per second "
         f"went from {start['value_per_s']:,.0f} to {best['value_per_s']:,.0f}."
     )
 

@@ -52,7 +52,7 @@ def test_what_training_was_good_for_is_said() -> None:
         {"steps": 100.0 * i, "worth_share": share, "value_per_s": 10_000 * share} for i, share in enumerate(worth)
     ]
     assert training_in_words(history) == (
-        "Training raised what validation earns by 10.0% in 100 decisions; its value per second went from 5,000 to 5,500."
+        "Training raised what validation earns by 10.0% in 100 decisions: value per second went from 5,000 to 5,500."
     )
     assert training_in_words(history[:1]).startswith("Training earned nothing")
     assert training_in_words([history[1], history[0], history[2]]).startswith("Training earned nothing")

@@ -33,11 +33,11 @@ KIND = {name: "grid" if name in ("dqn", "maskable_ppo") else "dials" for name in
 
 
 @cache
-def setting(agent: str, kind: str) -> tuple[dict[str, Any], Task]:
-    """An agent's configuration, with small buffers, and episodes of 30 decisions."""
+def setting(agent: str, kind: str, tiny: bool = True) -> tuple[dict[str, Any], Task]:
+    """An agent's configuration, with small buffers if tiny, and episodes of 30 decisions."""
     overrides = [f"agent={agent}", f"env={kind}", "workload.duration_s=6", "workload.warmup_s=0"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("train", overrides + [f"agent.hyperparameters.{change}" for change in TINY[agent]])
+        config = compose("train", overrides + [f"agent.hyperparameters.{change}" for change in TINY[agent] if tiny])
     return OmegaConf.to_container(config.agent, resolve=True), load_task(config)  # type: ignore[return-value]
 
 

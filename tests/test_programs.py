@@ -23,7 +23,7 @@ BAR = "%|"  # what a progress bar cannot do without
 LEADERBOARD = {
     "policy", "workload", "engine", "load", "seed", "unservable", "unservable_work", "cut_short",
     "value_per_s", "revenue_per_s", "immediate_attainment", "given_up", "immediate_cached", "deferred_cached",
-    "evicted_blocks",
+    "evicted_blocks", "deferred_below_p80",
     "immediate_goodput_tokens_per_s", "prompt_tokens_per_s", "output_tokens_per_s",
     "deferred_tokens_per_s", "deferred_on_time",
     *(f"{name}_{figure}_s" for name in ("ttft", "tpot") for figure in ("mean", "p50", "p90", "p95", "p99")),

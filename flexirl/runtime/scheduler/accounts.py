@@ -52,11 +52,12 @@ class Snapshot:
     scheduler: np.ndarray
     classes: np.ndarray
     itl_histogram: np.ndarray
+    length_tenths: np.ndarray
 
     @classmethod
     def of(cls, state: State) -> Snapshot:
         """The totals now."""
-        return cls(state.scheduler.copy(), state.classes.copy(), state.itl_histogram.copy())
+        return cls(state.scheduler.copy(), state.classes.copy(), state.itl_histogram.copy(), state.length_tenths.copy())
 
 
 def account(state: State, before: Snapshot, since_s: float, prices: Prices) -> dict[str, float | int | None]:
@@ -64,8 +65,9 @@ def account(state: State, before: Snapshot, since_s: float, prices: Prices) -> d
 
     Revenue counts the requests that finished in the span with their promise kept; value those that finished in it, late
     ones less, minus what it costs that clients gave up in it. Latencies and attainment count the immediate requests
-    that arrived in it; `cached` is the share of prompt tokens, of requests first admitted in it, that the cache had.
-    Seconds, tokens, and price units per second; None where nothing is defined.
+    that arrived in it; `cached` is the share of prompt tokens, of requests first admitted in it, that the cache had;
+    `deferred_below_p80` the share of deferred outputs that were shorter than the 80th percentile of what had been
+    learned about them, 0.8 if that is right. Seconds, tokens, and price units per second; None where nothing is defined.
     """
     end_s = float(state.scheduler["now_s"][0])
     span_s = end_s - since_s
@@ -95,6 +97,8 @@ def account(state: State, before: Snapshot, since_s: float, prices: Prices) -> d
     for name, c in (("immediate", IMMEDIATE), ("deferred", DEFERRED)):
         admitted, found = (int(state.classes[column][c] - before.classes[column][c]) for column in _CACHED)
         figures[f"{name}_cached"] = found / admitted if admitted else None
+    tenths = (state.length_tenths - before.length_tenths)[DEFERRED]
+    figures["deferred_below_p80"] = float(tenths[:8].sum() / tenths.sum()) if tenths.sum() > 0 else None
     figures["evicted_blocks"] = int((state.classes["evicted_blocks"] - before.classes["evicted_blocks"]).sum())
     figures["preemptions"] = int((state.classes["preemptions"] - before.classes["preemptions"]).sum())
     figures["recomputed_tokens"] = int(total("recomputed_tokens"))

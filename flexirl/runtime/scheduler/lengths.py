@@ -106,7 +106,8 @@ def _shares(lengths: np.ndarray, request, beginning: np.uint64) -> np.ndarray:
 @compiled
 def _tag(request, beginning: np.uint64, level: int) -> np.uint64:
     """The name of the kind that a request is of at a level from 1 on; never 0, which an empty slot has."""
-    tag = _mixed(np.uint64(request.request_class + 2 * request.tenant), np.uint64(request.max_tokens))
+    tag = _mixed(np.uint64(0), np.uint64(request.request_class + 2 * request.tenant))
+    tag = _mixed(tag, np.uint64(request.max_tokens))
     if level > 1:
         tag = _mixed(tag, beginning)
     if level > 2:

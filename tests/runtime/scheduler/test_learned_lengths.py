@@ -59,7 +59,11 @@ class Plain:
 
 
 keys = st.tuples(
-    st.integers(0, 1), st.integers(0, 1), st.sampled_from((8, 100, 3000)), st.integers(0, 2), st.integers(1, 5000)
+    st.integers(0, 1),
+    st.integers(0, 1),
+    st.sampled_from((8, 9, 10, 11, 100, 3000)),
+    st.integers(0, 2),
+    st.integers(1, 5000),
 )
 
 

@@ -24,18 +24,19 @@ def plot_timeline(timeline: np.ndarray, title: str, path: Path) -> None:
 
 
 def plot_history(history: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Validation figures over training steps; `history` as of `policies.training.Training`."""
+    """Validation figures over training steps beside those of the start; `history` as of `policies.training.Training`."""
     figure = new_figure(9, 3.2)
     steps = [row["steps"] for row in history]
     panels = (
-        ("reward", "reward per episode"),
-        ("revenue_per_s", "revenue per s"),
+        ("value_per_s", "value per s"),
         ("immediate_attainment", "attainment"),
+        ("deferred_tokens_per_s", "deferred tokens per s"),
     )
     for axes, (name, label) in zip(figure.subplots(1, 3), panels, strict=True):
         axes.plot(steps, [row[name] for row in history], marker="o", markersize=3, color=IMMEDIATE_COLOUR)
-        axes.set(xlabel="environment steps", ylabel=label)
-    figure.suptitle("validation on arrivals not trained on")
+        axes.axhline(history[0][name], color=NEUTRAL, linestyle="--", linewidth=1)
+        axes.set(xlabel="decisions played", ylabel=label)
+    figure.suptitle("validation on arrivals not trained on; dashed: the start")
     figure.savefig(path)
 
 

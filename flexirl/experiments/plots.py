@@ -24,7 +24,7 @@ def plot_timeline(timeline: np.ndarray, title: str, path: Path) -> None:
 
 
 def plot_history(history: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Validation figures over training steps beside those of the start; `history` as of `policies.training.Training`."""
+    """Validation figures over training beside those of the start; `history` as of `policies.training.Training`."""
     figure = new_figure(9, 3.2)
     steps = [row["steps"] for row in history]
     panels = (

@@ -67,7 +67,8 @@ def account(state: State, before: Snapshot, since_s: float, prices: Prices) -> d
     ones less, minus what it costs that clients gave up in it. Latencies and attainment count the immediate requests
     that arrived in it; `cached` is the share of prompt tokens, of requests first admitted in it, that the cache had;
     `deferred_below_p80` the share of deferred outputs that were shorter than the 80th percentile of what had been
-    learned about them, 0.8 if that is right. Seconds, tokens, and price units per second; None where nothing is defined.
+    learned about them, 0.8 if that is right. Seconds, tokens, and price units per second; None where nothing is
+    defined.
     """
     end_s = float(state.scheduler["now_s"][0])
     span_s = end_s - since_s

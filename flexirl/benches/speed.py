@@ -173,10 +173,11 @@ def environment_speed(task: Task, config: Any, repeats: int) -> Iterator[Row]:
 
 
 def training_speed(task: Task, config: Any, repeats: int) -> Iterator[Row]:
-    """Environment steps per second of the default agent's `learn`, rollouts and updates, without validation.
+    """Environment steps per second of `learn`, without validation: of probing, fits included, and of grouped PPO.
 
-    Then the ceiling: the same agent with the same hyperparameters on an environment that costs nothing.
+    Then the ceiling: grouped PPO with the same hyperparameters on an environment that costs nothing.
     """
+    yield Row("probing_steps_per_s", _probe(task), "steps/s")
     env = BatchingVecEnv(Fleet(task, MEMBERS, config.env.group_size, config.env.traces))
     free = FreeVecEnv(env)
     with tempfile.TemporaryDirectory() as folder:
@@ -188,6 +189,20 @@ def training_speed(task: Task, config: Any, repeats: int) -> Iterator[Row]:
     yield Row("training_steps_per_s", training, "steps/s")
     yield Row("sb3_ceiling_steps_per_s", ceiling, "steps/s")
     yield Row("training_share_of_ceiling", training / ceiling, "share")
+
+
+def _probe(task: Task) -> float:
+    """A round after another, whose episodes are those of the default."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", ["agent=probing"])
+    env = BatchingVecEnv(Fleet(task, MEMBERS, config.env.group_size, config.env.traces))
+    with tempfile.TemporaryDirectory() as folder:
+        agent = _agent(config, env, Path(folder)).learn(1)
+        played, began = agent.num_timesteps, time.perf_counter()
+        agent.learn(1, reset_num_timesteps=False)
+        seconds = time.perf_counter() - began
+    env.close()
+    return (agent.num_timesteps - played) / seconds
 
 
 def _agent(config: Any, env: VecEnv, folder: Path) -> BaseAlgorithm:
@@ -298,7 +313,7 @@ def run(quick: bool) -> Iterator[Row]:
     """All measurements, one after the other; quick: fewer repeats."""
     torch.set_num_threads(1)  # as in training
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("train")
+        config = compose("train", ["agent=grouped_ppo"])
     task = load_task(config)
     repeats = 1 if quick else 5
     yield from memory(task)  # first, since a new process starts at its parent's peak

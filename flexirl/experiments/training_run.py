@@ -25,7 +25,7 @@ from flexirl.policies.training.agents import ALGORITHMS, make_agent, start_at
 from flexirl.policies.training.probing import Probing
 from flexirl.progress import progress_bar
 
-TUNED_ON = 44  # tasks of a mixture on which the constant dials to start from are searched
+TUNED_ON = 16  # tasks of a mixture on which the constant dials to start from are searched
 
 
 @dataclass(frozen=True)

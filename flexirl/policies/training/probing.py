@@ -73,7 +73,7 @@ class Probing(PPO):
     ) -> None:
         """episodes: of each round, each of another task; remembered: rounds to whose parabolas the agent is fitted, for
         those of much earlier agents would hold it back; moves: of a dial, up and down, in the first round and in the
-        last; updates: of a fit to all that is remembered, by Adam. The rest as of PPO.
+        last; updates: of each fit, by Adam. The rest as of PPO.
         """
         self.episodes, self.remembered, self.updates = episodes, remembered, updates
         self.moves = tuple(moves)
@@ -127,8 +127,7 @@ class Probing(PPO):
                 infos.append({"figures": figures, "episode": {"r": reward}})
             decisions += probed.decisions
         lessons = [*self.lessons, _together(found)][-self.remembered :]
-        # Few episodes say little of others: while they are few, the agent is not fitted to them as closely.
-        loss = _fit(self, lessons, self.updates * len(lessons) // self.remembered, self.probed)
+        loss = _fit(self, lessons, self.updates, self.probed)
         self.lessons, self.probed = lessons, self.probed + self.episodes
         self.num_timesteps += decisions
         self.logger.record("train/loss", loss)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -249,6 +250,16 @@ def test_metrics_and_status_say_what_was_done(served: Served, client: OpenAI) ->
     assert httpx.get(f"{served.url}/health").json()["status"] == "ok"
     assert "<title>FlexiRL</title>" in httpx.get(f"{served.url}/status").text
     assert httpx.get(f"{served.url}/nothing").json()["error"]["message"] == "There is nothing at /nothing."
+
+
+def test_the_dashboard_asks_for_what_is_told(served: Served, client: OpenAI) -> None:
+    chat(client, "Hi")
+    told = httpx.get(f"{served.url}/metrics").text
+    dashboard = json.loads((Path(__file__).parents[2] / "docs" / "grafana.json").read_text())
+    asked = {expression["expr"] for panel in dashboard["panels"] for expression in panel["targets"]}
+    names = {name for expression in asked for name in re.findall(r"flexirl_\w+", expression)}
+    assert len(names) > 10
+    assert [name for name in names if f"# TYPE {name.removesuffix('_bucket')} " not in told] == []
 
 
 def test_another_policy_takes_charge_and_goes_back(served: Served, client: OpenAI) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -115,9 +116,7 @@ def test_interrupted_before_training_it_says_so(tmp_path: Path) -> None:
             assert process.poll() is None
             time.sleep(0.01)
         said = None
-        while (
-            said is None
-        ):  # a library whose import is interrupted may swallow it; whoever waits presses the keys again
+        while said is None:  # an import may swallow the first; whoever waits presses the keys again
             process.send_signal(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
                 _, said = process.communicate(timeout=20)

@@ -44,7 +44,8 @@ class QoServe(Heuristic):
 
     low_load: share of the TTFT promise that waiting prefill may take at low load; revise_s: seconds between two
     choices of alpha and of the expected output, each of which sorts the queues anew; length_quantile: of what is
-    learned about lengths, the quantile that takes the place of the expected output, 0 for none.
+    learned about lengths, the quantile that takes the place of the expected output, 0 for none; deferred_alpha_s: in
+    place of alpha for deferred requests, None for the same.
     """
 
     alpha_s: float
@@ -54,6 +55,7 @@ class QoServe(Heuristic):
     low_load: float
     revise_s: float
     length_quantile: float
+    deferred_alpha_s: float | None
 
     name = "qoserve"
     every_iteration = True
@@ -67,6 +69,8 @@ class QoServe(Heuristic):
         require(0 < self.slack_used <= 1, "slack_used", self.slack_used, "a share is above 0 and at most 1")
         require(self.low_load >= 0, "low_load", self.low_load, "it is 0 or more")
         require(0 <= self.length_quantile < 1, "length_quantile", self.length_quantile, "it is from 0 to below 1")
+        alpha_s = self.deferred_alpha_s
+        require(alpha_s is None or alpha_s >= 0, "deferred_alpha_s", alpha_s, "it is 0 or more seconds per token")
         require(self.revise_s > 0, "revise_s", self.revise_s, "it is a positive number of seconds")
 
     def prepare(self, decision: np.ndarray, view: View) -> None:
@@ -98,7 +102,9 @@ class QoServe(Heuristic):
         low = waited_s <= self.low_load * view.slo.ttft_s
         memory[()] = (now_s, 0)
         deferred = view.group(DEFERRED)
-        decision["order_weight_s"] = self.low_load_alpha_s if low else self.alpha_s
+        alpha_s = self.low_load_alpha_s if low else self.alpha_s
+        decision["order_weight_s"] = alpha_s
+        decision["deferred_weight_s"] = alpha_s if self.deferred_alpha_s is None else self.deferred_alpha_s
         decision["expected_output"] = _mean_and_two_deviations(deferred)
         decision["deferred_order"] = DEADLINE if deferred["windowed"] > 0 else SHORTEST
 

@@ -25,7 +25,7 @@ from flexirl.policies.interface.decision import (
 from flexirl.policies.interface.view import NONE
 from flexirl.workloads.trace import IMMEDIATE
 
-SCHEMA = "flexirl-action-3"
+SCHEMA = "flexirl-action-4"
 
 
 class Dial(NamedTuple):
@@ -66,6 +66,13 @@ DIALS = (
         "0.4",
         "0.8",
     ),
+    Dial(
+        "short_first",
+        "seconds that each token to come counts for in the order of deferred work, beside its due time",
+        "0.002",
+        "0.032",
+        "0.512",
+    ),
 )
 NUM_DIALS = len(DIALS)
 
@@ -85,7 +92,7 @@ GRID = tuple(
     + [_set(deferred_decodes=-1.0, deferred_kv=-1.0), _set(preempt=0.75)]
 )
 ORDERS = {"arrival": ARRIVAL, "deadline": DEADLINE, "shortest": SHORTEST}
-# In the deadline order a token of prefill still to do counts like this many seconds (QoServe's alpha): under pressure
+# In the deadline order of immediate requests a token of prefill still to do counts like this many seconds (QoServe's alpha): under pressure
 # short prompts go first, and more promises are kept.
 ORDER_WEIGHT_S = 0.008
 # Of what is learned about lengths: a long output taken for a short one costs more than the other way round.
@@ -126,6 +133,7 @@ def set_dials(decision, dials: np.ndarray, tpot_s: float, immediate_order: int, 
     decision.deferred_margin_s = (160.0 + 160.0 * dials[7]) * tpot_s
     decision.deferred_cache_share = 0.0
     decision.immediate_cache_share = 0.4 + 0.4 * dials[8]
+    decision.deferred_weight_s = 0.032 * 16.0 ** dials[9]
 
 
 @compiled

@@ -8,7 +8,7 @@ import numpy as np
 
 from flexirl.compiled import compiled
 
-# Queue orders. DEADLINE sorts by deadline + order_weight_s x remaining tokens: EDF at 0, laxity below, QoServe above.
+# Queue orders. DEADLINE sorts by deadline + a weight x remaining tokens: EDF at 0, laxity below, QoServe above.
 # SHORTEST by remaining tokens. Of deferred requests, predicted output counts as the prefill that takes as long.
 ARRIVAL, DEADLINE, SHORTEST, FAIR, SCORE = range(5)
 # Disciplines. ONE_QUEUE: the classes share one queue. PRIORITY: running requests first, then waiting ones, immediate
@@ -56,7 +56,8 @@ DECISION = np.dtype(
         ("reserve_ratio", "f8"),  # memory kept for running requests: this share (at most 1) of the output they may make
         ("reserve_new_ratio", "f8"),  # the same for the request to be admitted
         ("reserve_clip", "f8"),  # output tokens counted per request at most
-        ("order_weight_s", "f8"),  # seconds per remaining token in the DEADLINE order
+        ("order_weight_s", "f8"),  # seconds per remaining token in the DEADLINE order of immediate requests
+        ("deferred_weight_s", "f8"),  # and in that of deferred ones
         # Output tokens a deferred request is expected to make, for the DEADLINE order where nothing predicts them.
         ("expected_output", "f8"),
         # Where nothing predicts an output, orders count the tokens that it stays below with this probability by what is
@@ -137,8 +138,8 @@ def _fault(decisions: np.ndarray) -> int:
         decision.relegate, decision.immediate_step_s, decision.deferred_step_s, decision.immediate_slack,
         decision.deferred_slack, decision.deferred_decodes, decision.deferred_margin_s, decision.deferred_kv_share,
         decision.deferred_cache_share, decision.immediate_cache_share, decision.reserve_ratio,
-        decision.reserve_new_ratio, decision.reserve_clip, decision.order_weight_s, decision.expected_output,
-        decision.length_quantile,
+        decision.reserve_new_ratio, decision.reserve_clip, decision.order_weight_s, decision.deferred_weight_s,
+        decision.expected_output, decision.length_quantile,
     )  # fmt: skip
     for i in range(len(figures)):
         if np.isnan(figures[i]):

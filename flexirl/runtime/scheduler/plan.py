@@ -41,9 +41,9 @@ def apply(state: State) -> None:
     for i in range(decision.scored):
         rescore(state, decision.scored_requests[i], decision.scores[i])
     decision.scored = 0  # a score stays with its request, not with the number
-    weight_s, expected, quantile = decision.order_weight_s, decision.expected_output, decision.length_quantile
-    reorder(state, IMMEDIATE, decision.immediate_order, weight_s, expected, quantile)
-    reorder(state, DEFERRED, decision.deferred_order, weight_s, expected, quantile)
+    expected, quantile = decision.expected_output, decision.length_quantile
+    reorder(state, IMMEDIATE, decision.immediate_order, decision.order_weight_s, expected, quantile)
+    reorder(state, DEFERRED, decision.deferred_order, decision.deferred_weight_s, expected, quantile)
     for _ in range(decision.preempt_count):
         victim = victim_within(state, ONLY_DEFERRED)
         if victim == NONE:

@@ -178,7 +178,7 @@ def point_elsewhere(model: onnx.ModelProto) -> None:
         (set_property("training", "{half"), "unreadable metadata training; export it anew"),
         (set_property("action", '"telepathy"'), "decides by telepathy"),
         (set_property("action", '"scores"'), "observes .* numbers, but this version has .*; train it anew"),
-        (set_property("action", '"grid"'), "gives 9 numbers, grid are 14; train it anew"),
+        (set_property("action", '"grid"'), "gives 10 numbers, grid are 14; train it anew"),
         (set_property("immediate_order", '"random"'), "immediate_order random"),
         (rename_output, "its outputs are not action and raw; export it anew"),
         (edit_node(0, op_type="Add"), "lacks its numbers"),

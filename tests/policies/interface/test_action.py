@@ -43,6 +43,7 @@ FIELDS = {
     "relegate": ["relegate"],
     "window": ["deferred_margin_s"],
     "kept_cache": ["immediate_cache_share"],
+    "short_first": ["deferred_weight_s"],
 }
 
 

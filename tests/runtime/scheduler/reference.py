@@ -201,10 +201,11 @@ class Reference:
         """Runs until the clock reaches `until_s` or for `iterations` iterations."""
         names = [name for name in decision.dtype.names or () if decision[name].shape == ()]
         self.decision = {name: decision[name].item() for name in names}
-        weights = (self.decision["order_weight_s"], self.decision["expected_output"])
-        for c, name in enumerate(("immediate_order", "deferred_order")):
+        for c, (name, weight) in enumerate(
+            (("immediate_order", "order_weight_s"), ("deferred_order", "deferred_weight_s"))
+        ):
             if self.decision[name] == DEADLINE or self.decision[name] != self.orders[c][0]:
-                self.orders[c] = (self.decision[name], *weights)
+                self.orders[c] = (self.decision[name], self.decision[weight], self.decision["expected_output"])
         for _ in range(self.decision["preempt_count"]):
             victims = [request for request in self.running if request.deferred]
             if victims:

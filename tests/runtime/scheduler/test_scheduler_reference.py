@@ -138,6 +138,7 @@ def decisions(draw: st.DrawFn, preempt: bool = True) -> dict[str, float]:
         "reserve_new_ratio": draw(share),
         "reserve_clip": draw(st.sampled_from((np.inf, 4.0))),
         "order_weight_s": draw(st.integers(-2, 2)) * TICK_S,
+        "deferred_weight_s": draw(st.integers(-2, 2)) * TICK_S,
         "expected_output": draw(st.sampled_from((0.0, 8.0))),
     }
 

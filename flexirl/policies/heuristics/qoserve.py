@@ -18,6 +18,7 @@ Adapted:
 - Low load, which the paper leaves open, means that the prefill that waited stayed below a share of the TTFT promise.
 - Where output lengths are predicted, the prediction takes the place of the mean and two standard deviations; so does,
   with `length_quantile`, a quantile of what the scheduler has learned about outputs of the same kind.
+- `deferred_alpha_s` lets lengths count by another alpha among deferred requests; the paper has one for both.
 - A waiting immediate request that lacks memory evicts deferred ones, decodes included; the paper leaves this open.
 """
 

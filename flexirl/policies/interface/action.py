@@ -92,8 +92,8 @@ GRID = tuple(
     + [_set(deferred_decodes=-1.0, deferred_kv=-1.0), _set(preempt=0.75)]
 )
 ORDERS = {"arrival": ARRIVAL, "deadline": DEADLINE, "shortest": SHORTEST}
-# In the deadline order of immediate requests a token of prefill still to do counts like this many seconds (QoServe's alpha): under pressure
-# short prompts go first, and more promises are kept.
+# In the deadline order of immediate requests a token of prefill still to do counts like this many seconds (QoServe's
+# alpha): under pressure short prompts go first, and more promises are kept.
 ORDER_WEIGHT_S = 0.008
 # Of what is learned about lengths: a long output taken for a short one costs more than the other way round.
 LENGTH_QUANTILE = 0.8

@@ -19,7 +19,7 @@ pretrained: $(foreach seed,0 1,outputs/pretrained/$(seed)/policy.onnx)
 	$(BIN)/python -m flexirl.pretrained $(^D)
 
 outputs/pretrained/%/policy.onnx: | .venv/installed
-	$(BIN)/python -m flexirl.train mixture=general total_steps=16000000 validation.every_steps=2000000 \
+	$(BIN)/python -m flexirl.train mixture=general total_steps=10000000 validation.every_steps=2000000 \
 		validation.members=66 seed=$* policies='[keep_cache]' seeds=1 hydra.run.dir=outputs/pretrained/$*
 
 test: .venv/installed-test

@@ -189,9 +189,14 @@ def merged_head(state: State) -> int:
 def reorder(
     state: State, request_class: int, order: int, weight_s: float, expected: float, length_quantile: float
 ) -> None:
-    """Sorts the queue of a class anew if its order changes. O(n log n) for n requests, so orders change rarely."""
+    """Sorts the queue of a class anew if its order changes. O(n log n) for n requests, so orders change rarely.
+
+    A network gives another weight with every decision; one that is less than twice the weight in force, and more than
+    half of it, changes nothing.
+    """
     group = state.classes[request_class]
-    same_weights = order != DEADLINE or (weight_s == group.order_weight_s and expected == group.order_expected)
+    alike = weight_s == group.order_weight_s or 0.5 < weight_s / (group.order_weight_s or np.inf) < 2.0
+    same_weights = order != DEADLINE or (alike and expected == group.order_expected)
     same_lengths = (order != DEADLINE and order != SHORTEST) or length_quantile == group.order_quantile
     if order == group.order and same_weights and same_lengths:
         return

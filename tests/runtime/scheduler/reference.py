@@ -204,8 +204,12 @@ class Reference:
         for c, (name, weight) in enumerate(
             (("immediate_order", "order_weight_s"), ("deferred_order", "deferred_weight_s"))
         ):
-            if self.decision[name] == DEADLINE or self.decision[name] != self.orders[c][0]:
-                self.orders[c] = (self.decision[name], self.decision[weight], self.decision["expected_output"])
+            wanted = (self.decision[name], self.decision[weight], self.decision["expected_output"])
+            before = self.orders[c]
+            # A weight that is much as before changes nothing.
+            alike = wanted[1] == before[1] or (before[1] != 0 and 0.5 < wanted[1] / before[1] < 2)
+            if wanted[0] != before[0] or (wanted[0] == DEADLINE and not (alike and wanted[2] == before[2])):
+                self.orders[c] = wanted
         for _ in range(self.decision["preempt_count"]):
             victims = [request for request in self.running if request.deferred]
             if victims:

@@ -137,8 +137,8 @@ def decisions(draw: st.DrawFn, preempt: bool = True) -> dict[str, float]:
         "reserve_ratio": draw(share),
         "reserve_new_ratio": draw(share),
         "reserve_clip": draw(st.sampled_from((np.inf, 4.0))),
-        "order_weight_s": draw(st.integers(-2, 2)) * TICK_S,
-        "deferred_weight_s": draw(st.integers(-2, 2)) * TICK_S,
+        "order_weight_s": draw(st.sampled_from((-2, -1, 0, 1, 1.5, 2, 3))) * TICK_S,
+        "deferred_weight_s": draw(st.sampled_from((-2, -1, 0, 1, 1.5, 2, 3))) * TICK_S,
         "expected_output": draw(st.sampled_from((0.0, 8.0))),
     }
 

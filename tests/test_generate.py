@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,19 @@ def test_a_file_longer_than_the_engines_room_gives_the_same_tokens(
     assert len(tokens[0]) == len(GOOD) and tokens[0] == tokens[1]
 
 
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """A program in this process has log files of its own, which would be written to after their folder is gone."""
+    before = logging.root.handlers[:]
+    yield
+    for handler in logging.root.handlers[:]:
+        if handler not in before:
+            logging.root.removeHandler(handler)
+            handler.close()
+    logging.root.handlers[:] = before
+
+
+@pytest.mark.usefixtures("own_logging")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -15,6 +15,7 @@ from flexirl.envs.fleet import Fleet
 from flexirl.policies.interface.action import DIALS, PREEMPTS
 from flexirl.policies.training import training
 from flexirl.policies.training.agents import ALGORITHMS
+from flexirl.policies.training.probing import PROBED_DIALS
 from flexirl.policies.training.training import FIGURES, Training, validate
 
 SEED = 77
@@ -33,7 +34,8 @@ def test_history_checkpoints_and_events(name: str, tmp_path: Path) -> None:
     agent, watching = watch(name, tmp_path)
     steps = [row["steps"] for row in watching.history]
     # Before anything is learned, now and then, and after the last update; probing goes by rounds.
-    assert steps == ([0, 1020, 1020] if name == "probing" else [MEMBERS, 256, 512, 512])
+    round_ = 2 * 30 * (1 + 2 * len(PROBED_DIALS))  # decisions of two episodes
+    assert steps == ([0, round_, round_] if name == "probing" else [MEMBERS, 256, 512, 512])
     assert json.loads((tmp_path / "history.json").read_text()) == watching.history
     assert all(set(row) == {"steps", "reward", *FIGURES} for row in watching.history)
     best_row = max(watching.history, key=lambda row: row["worth_share"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,7 +43,7 @@ class Backend(Protocol):
         """The whole answer; raises ApiError. Cancelled, the request is withdrawn."""
         ...
 
-    async def stream(self, url: str, fields: dict[str, Any], terms: Terms) -> AsyncIterator[dict[str, Any]]:
+    async def stream(self, url: str, fields: dict[str, Any], terms: Terms) -> AsyncGenerator[dict[str, Any], None]:
         """The answer in chunks, once it is accepted; raises ApiError. To be closed if it is not read to its end."""
         ...
 

@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -171,7 +171,7 @@ class LocalBackend:
         # Text is made when it is first read; of a long output that takes a while.
         return await asyncio.to_thread(job.answer.whole, completions)
 
-    async def stream(self, url: str, fields: dict[str, Any], terms: Terms) -> AsyncIterator[dict[str, Any]]:
+    async def stream(self, url: str, fields: dict[str, Any], terms: Terms) -> AsyncGenerator[dict[str, Any], None]:
         """See `Backend.stream`."""
         updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
 
@@ -183,11 +183,16 @@ class LocalBackend:
 
         job = await asyncio.to_thread(self._job, url, fields, terms, listener_of)
         self._submit(job.requests, terms)
-        return self._chunks(job, updates)
+        chunks = self._chunks(job, updates)
+        await anext(chunks)  # from now on its end withdraws the requests, even if nobody reads from it
+        return chunks
 
-    async def _chunks(self, job: _Job, updates: asyncio.Queue[tuple[int, Update]]) -> AsyncIterator[dict[str, Any]]:
+    async def _chunks(
+        self, job: _Job, updates: asyncio.Queue[tuple[int, Update]]
+    ) -> AsyncGenerator[dict[str, Any], None]:
         completions: dict[int, Completion] = {}
         try:
+            yield {}
             for chunk in job.answer.opening(len(job.requests)):
                 yield chunk
             while len(completions) < len(job.requests):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from flexirl.serving.bodies import CHAT, TEXT, ChatBody, TextBody, described, read_json
 from flexirl.serving.errors import ApiError
@@ -64,7 +65,7 @@ async def _complete(request: Request, url: str) -> Response:
     terms = service.terms(fields.get("service_tier"), tenant)
     if fields.get("stream") is True:
         chunks = await service.backend.stream(url, fields, terms)
-        return StreamingResponse(_events(chunks), media_type="text/event-stream", headers={"cache-control": "no-store"})
+        return EventStream(chunks)
     answer = asyncio.ensure_future(service.backend.answer(url, fields, terms))
     gone = asyncio.ensure_future(_gone(request))
     try:
@@ -86,15 +87,31 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
-    """Server-sent events; what goes wrong on the way is the last of them."""
+class EventStream(StreamingResponse):
+    """Server-sent events, which closes the chunks they are made of however it ends.
+
+    A client may leave while an event is being sent; the generators would then be closed when they are collected, and
+    the engine would go on until then.
+    """
+
+    def __init__(self, chunks: AsyncGenerator[dict[str, Any], None]) -> None:
+        self._chunks, self._events = chunks, _events(chunks)
+        super().__init__(self._events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends them, as an application of ASGI."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()
+            await self._chunks.aclose()
+
+
+async def _events(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
+    """What goes wrong on the way is the last of them."""
     try:
         async for chunk in chunks:
             yield b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
         yield b"data: [DONE]\n\n"
     except ApiError as error:
         yield b"data: " + json.dumps(error.body).encode() + b"\n\n"
-    finally:
-        close = getattr(chunks, "aclose", None)
-        if close is not None:
-            await close()

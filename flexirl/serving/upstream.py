@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import aiohttp
@@ -87,7 +87,7 @@ class UpstreamBackend:
             raise ApiError(502, "The server behind answered something other than a JSON object.")
         return body
 
-    async def stream(self, url: str, fields: dict[str, Any], terms: Terms) -> AsyncIterator[dict[str, Any]]:
+    async def stream(self, url: str, fields: dict[str, Any], terms: Terms) -> AsyncGenerator[dict[str, Any], None]:
         """See `Backend.stream`."""
         try:
             answer = await self._session.post(self._url + url, json=self._told(fields, terms))
@@ -96,11 +96,14 @@ class UpstreamBackend:
                     raise _handed_on(answer, await answer.read())
         except (aiohttp.ClientError, TimeoutError) as error:
             raise _unreachable(error) from None
-        return self._chunks(answer, terms)
+        chunks = self._chunks(answer, terms)
+        await anext(chunks)  # from now on its end gives up the answer, even if nobody reads from it
+        return chunks
 
-    async def _chunks(self, answer: aiohttp.ClientResponse, terms: Terms) -> AsyncIterator[dict[str, Any]]:
+    async def _chunks(self, answer: aiohttp.ClientResponse, terms: Terms) -> AsyncGenerator[dict[str, Any], None]:
         try:
             with self._counted(terms):
+                yield {}
                 async for line in answer.content:
                     data = line.removeprefix(b"data:").strip()
                     if data == b"[DONE]" or not line.startswith(b"data:"):

@@ -56,7 +56,9 @@ DECISION = np.dtype(
         ("reserve_ratio", "f8"),  # memory kept for running requests: this share (at most 1) of the output they may make
         ("reserve_new_ratio", "f8"),  # the same for the request to be admitted
         ("reserve_clip", "f8"),  # output tokens counted per request at most
-        ("order_weight_s", "f8"),  # seconds per remaining token in the DEADLINE order of immediate requests
+        # Seconds per remaining token in the DEADLINE order of immediate requests. A weight between half and twice the
+        # one in force is not taken up: a network would sort queues with every decision.
+        ("order_weight_s", "f8"),
         ("deferred_weight_s", "f8"),  # and in that of deferred ones
         # Output tokens a deferred request is expected to make, for the DEADLINE order where nothing predicts them.
         ("expected_output", "f8"),

@@ -56,7 +56,8 @@ class ToyExecutor:
         blocks, block_size = int(profile.values["kv_blocks"]), int(profile.values["block_size"])
         # Noise, so that reading what was never written shows.
         self._cache = torch.randint(VOCAB, (2, blocks, block_size, 1, 1))
-        self.host = HostCache(self._cache, int(profile.values["host_kv_blocks"]))
+        sizes = (int(profile.values[name]) for name in ("host_kv_blocks", "host_cache_blocks"))
+        self.host = HostCache(self._cache, *sizes)
         self.between_layers: Callable[[], None] = lambda: None
         self.most_tokens: int | None = None
         self.asked = 0
@@ -141,6 +142,7 @@ def random_decision(rng: np.random.Generator, tokens: int) -> np.ndarray:
     for name in ("decodes_first", "preempt_for_immediate", "relegated_last"):
         decision[name] = rng.integers(2)
     decision["preemption"] = rng.integers(3)
+    decision["to_host"] = rng.integers(3)
     decision["token_budget"] = rng.choice([1, 2, 5, tokens])
     decision["preempt_count"] = rng.choice([0, 0, 0, 1, 3])
     decision["deferred_token_floor"] = rng.choice([0, 0, 4])

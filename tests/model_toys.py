@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from toys import toy_engine
 
-from flexirl.runtime.live.executor import Batch, Outcome
+from flexirl.runtime.live.executor import Batch, Moves, Outcome
 from flexirl.runtime.live.requests import Request
 from flexirl.runtime.models.executor import ModelExecutor
 from flexirl.runtime.models.host_cache import HostCache
@@ -39,7 +39,7 @@ SEEING = {
 }  # fmt: skip
 ENGINE: dict[str, float] = {
     "kv_blocks": 40, "host_kv_blocks": 30, "block_size": 4, "max_running": 8, "max_tokens_per_step": 24,
-    "max_model_len": 100, "prefix_caching": 1,
+    "max_model_len": 100, "prefix_caching": 1, "host_cache_blocks": 40,
 }  # fmt: skip
 
 
@@ -50,6 +50,12 @@ class CheckedExecutor(ModelExecutor):
         super().__init__(model, toy_engine(**ENGINE))
         self.host: HostCache = self._host
         self.between_layers = lambda: None
+        self.from_tier = 0  # blocks copied back
+
+    def move(self, moves: Moves) -> dict[int, int]:
+        """See `Executor`."""
+        self.from_tier += int((moves.copies["to_tier"] == 0).sum())
+        return super().move(moves)
 
     def execute(self, batch: Batch, sampling: Any, interrupted: Any) -> Outcome:
         """Interferes after every layer but the last, when the cache is half written."""

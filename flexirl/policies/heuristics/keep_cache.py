@@ -13,6 +13,7 @@ import numpy as np
 
 from flexirl.policies.heuristics.base import require
 from flexirl.policies.heuristics.qoserve import QoServe
+from flexirl.policies.interface.decision import IMMEDIATES
 from flexirl.policies.interface.view import View
 
 
@@ -35,5 +36,6 @@ class KeepCache(QoServe):
         """See `Heuristic.prepare`."""
         super().prepare(decision, view)
         decision["relegated_last"] = 0
+        decision["to_host"] = IMMEDIATES
         decision["immediate_cache_share"] = self.kept_share
         decision["deferred_cache_share"] = self.deferred_share

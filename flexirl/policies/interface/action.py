@@ -15,6 +15,7 @@ from flexirl.policies.interface.decision import (
     CHEAPER,
     CLASSES,
     DEADLINE,
+    IMMEDIATES,
     LOWEST_SCORE,
     NEWEST,
     ONE_QUEUE,
@@ -111,6 +112,7 @@ def set_dials(decision, dials: np.ndarray, tpot_s: float, immediate_order: int, 
     decision.deferred_order = deferred_order
     decision.victim = NEWEST
     decision.preemption = CHEAPER
+    decision.to_host = IMMEDIATES
     decision.relegated_last = 0
     decision.preempt_for_immediate = 1
     decision.token_budget = np.iinfo(np.int32).max

@@ -21,6 +21,9 @@ LAST, NEWEST, LEAST_OUTPUT, LOWEST_SCORE, LEAST_COMPUTED = range(5)
 # Preemption modes.
 CHEAPER, RECOMPUTE, SWAP = range(3)
 
+# Whose blocks, when the prefix cache gives them up, go to host memory, as far as the engine has some for that.
+NOBODYS, IMMEDIATES, EVERYBODYS = range(3)
+
 MAX_SCORED = 16  # requests that one decision may score
 
 DECISION = np.dtype(
@@ -31,6 +34,7 @@ DECISION = np.dtype(
         ("deferred_order", "i4"),
         ("victim", "i4"),
         ("preemption", "i4"),
+        ("to_host", "i4"),
         ("relegated_last", "i4"),  # 1: immediate requests that were given up go behind deferred ones, too
         ("preempt_for_immediate", "i4"),  # 1: a waiting immediate request may take memory and seats from deferred ones
         ("token_budget", "i4"),  # tokens per iteration, at most the engine's
@@ -88,6 +92,7 @@ def default_decision() -> np.ndarray:
     decision["decodes_first"] = 1
     decision["victim"] = NEWEST
     decision["preempt_for_immediate"] = 1
+    decision["to_host"] = EVERYBODYS
     decision["token_budget"] = np.iinfo(np.int32).max
     decision["immediate_step_s"] = np.inf
     decision["deferred_step_s"] = np.inf
@@ -106,11 +111,11 @@ def unsound(decision: Any) -> str | None:
 
 
 _PLACES = {name: i for i, name in enumerate(DECISION.names or ())}
-_DISCIPLINE, _IMMEDIATE_ORDER, _DEFERRED_ORDER, _VICTIM, _PREEMPTION, _BUDGET, _PREEMPT_COUNT, _SCORED = (
+_DISCIPLINE, _IMMEDIATE_ORDER, _DEFERRED_ORDER, _VICTIM, _PREEMPTION, _TO_HOST, _BUDGET, _PREEMPT_COUNT, _SCORED = (
     _PLACES[name]
     for name in (
-        "discipline", "immediate_order", "deferred_order", "victim", "preemption", "token_budget", "preempt_count",
-        "scored",
+        "discipline", "immediate_order", "deferred_order", "victim", "preemption", "to_host", "token_budget",
+        "preempt_count", "scored",
     )
 )  # fmt: skip
 _RELEGATE, _LENGTH_QUANTILE = _PLACES["relegate"], _PLACES["length_quantile"]
@@ -130,6 +135,8 @@ def _fault(decisions: np.ndarray) -> int:
         return _VICTIM
     if not 0 <= decision.preemption <= SWAP:
         return _PREEMPTION
+    if not 0 <= decision.to_host <= EVERYBODYS:
+        return _TO_HOST
     if decision.token_budget < 1:
         return _BUDGET
     if decision.preempt_count < 0:

@@ -12,6 +12,7 @@ import numpy as np
 from flexirl.runtime.live.requests import Image, Request
 from flexirl.runtime.live.sampling import History, Logprobs
 from flexirl.runtime.profile.engine import EngineProfile
+from flexirl.runtime.scheduler.state import COPY
 
 
 class Interrupted(Exception):
@@ -73,13 +74,15 @@ class Moves:
     """What moves between device and host memory in one iteration: of each request, its device blocks in order.
 
     out: preempted by swap, all its blocks; back: admitted again, all its blocks, of which the first `kept` are to stay
-    saved; save: further full blocks of a running request, those after the ones saved already.
+    saved; save: further full blocks of a running request, those after the ones saved already. copies: `COPY` (n,), of
+    single blocks between device and host tier, to be made in this order, after those that leave and before all others.
     """
 
     out: dict[int, list[int]] = field(default_factory=dict)
     back: dict[int, list[int]] = field(default_factory=dict)
     kept: dict[int, int] = field(default_factory=dict)
     save: dict[int, list[int]] = field(default_factory=dict)
+    copies: np.ndarray = field(default_factory=lambda: np.zeros(0, COPY))
 
 
 class Executor(Protocol):

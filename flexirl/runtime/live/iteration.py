@@ -101,6 +101,7 @@ class Counts(NamedTuple):
     swapped_out: int
     swapped_in: int
     saved: int
+    copies: int  # between device and host tier
     urgent: bool  # something in it is not work that may wait
     ended_otherwise: int  # requests that did not finish, since the start
 
@@ -155,12 +156,13 @@ def take_in(live: LiveState, r: int, rows: np.ndarray) -> None:
 
 
 @compiled
-def prepare(live: LiveState, save_blocks: int) -> tuple[int, int, int, int, int, int, int, bool, int]:
+def prepare(live: LiveState, save_blocks: int) -> tuple[int, int, int, int, int, int, int, int, bool, int]:
     """Plans the next iteration and writes the flattened batch; returns `Counts`.
 
     save_blocks: blocks of deferred requests, at most, to list for copying to host memory.
     """
     state, arrays, flat = live.state, live.arrays, live.flat
+    state.scheduler[0].copies = 0
     plan(state)
     swapped_out, swapped_in = list_swaps(state, live.swaps, flat.swapped_out, flat.swapped_in)
     block_size = state.engine[0].block_size
@@ -207,7 +209,9 @@ def prepare(live: LiveState, save_blocks: int) -> tuple[int, int, int, int, int,
                 save_blocks -= unsaved
         tokens += count
         requests += 1
-    return requests, tokens, widest, sampled, swapped_out, swapped_in, saved, urgent, _ended_otherwise(state)
+    copies = int(state.scheduler[0].copies)
+    ended_otherwise = _ended_otherwise(state)
+    return requests, tokens, widest, sampled, swapped_out, swapped_in, saved, copies, urgent, ended_otherwise
 
 
 @compiled

@@ -59,7 +59,7 @@ class Stepping:
         if self._save_blocks > 0 and state.decision["preemption"][0] != RECOMPUTE:
             save_blocks = min(self._save_blocks, self._executor.free_host_blocks)
         counts = Counts(*prepare(self._live, save_blocks))
-        if counts.swapped_out or counts.swapped_in or counts.saved:
+        if counts.swapped_out or counts.swapped_in or counts.saved or counts.copies:
             try:
                 self._move(counts)
             except Exception as error:  # whatever a device does, the engine goes on
@@ -157,7 +157,7 @@ class Stepping:
     def _move(self, counts: Counts) -> None:
         """Lets the executor move keys and values as the plan has it."""
         flat, requests, block_size = self._flat, self._state.requests, self._block_size
-        moves = Moves()
+        moves = Moves(copies=self._state.copies[: counts.copies])
 
         def row(r: int) -> np.ndarray:
             return self._state.block_rows[requests["row"][r]]

@@ -51,7 +51,9 @@ class ModelExecutor:
         self._model = model.model
         self._geometry = model.geometry
         self._block_size = int(profile.values["block_size"])
-        blocks, host_blocks = int(profile.values["kv_blocks"]), int(profile.values["host_kv_blocks"])
+        blocks, host_blocks, tier_blocks = (
+            int(profile.values[name]) for name in ("kv_blocks", "host_kv_blocks", "host_cache_blocks")
+        )
         # On a CPU the tensors made of a batch are its own memory, so they serve for all that come as the same object.
         self._seen: tuple[Batch | None, tuple[Tensor, ...]] = (None, ())
         self._graphs: DecodeGraphs | None = None
@@ -62,14 +64,15 @@ class ModelExecutor:
             # Written to at once: on a CPU, memory that never was is one page of zeros, quicker to read than any other,
             # and has to be found when it is first written.
             self._cache = torch.empty(shape, dtype=model.dtype, device=model.device).zero_()
-            self._host = HostCache(self._cache, host_blocks)
+            self._host = HostCache(self._cache, host_blocks, tier_blocks)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            gigabytes = (blocks + host_blocks) * _block_bytes(model, self._block_size) / 2**30
+            gigabytes = (blocks + host_blocks + tier_blocks) * _block_bytes(model, self._block_size) / 2**30
             raise UserError(
-                f"engine.kv_blocks={blocks} and engine.host_kv_blocks={host_blocks} take {gigabytes:.1f} GiB, which "
-                f"{model.device} and this machine do not have left; give smaller numbers."
+                f"engine.kv_blocks={blocks}, engine.host_kv_blocks={host_blocks} and "
+                f"engine.host_cache_blocks={tier_blocks} take {gigabytes:.1f} GiB, which {model.device} and this "
+                "machine do not have left; give smaller numbers."
             ) from None
         if self._cache.is_cuda:
             try:

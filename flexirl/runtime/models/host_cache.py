@@ -1,5 +1,7 @@
 """Host memory behind the paged cache: where keys and values go when a request is preempted by swap, or ahead of that.
 
+So do single blocks that the prefix cache gives up: their places in the host tier are the scheduler's business.
+
 Copying the blocks of a deferred request as they fill leaves little to copy when it is preempted: the incremental
 checkpointing of ConServe (Qiao et al., arXiv 2410.01228). The scheduler counts the host blocks of swapped requests
 only, so checkpoints take what is left and give way.
@@ -24,15 +26,18 @@ _STAGED = 32  # blocks that pass through device memory at once on their way
 class HostCache:
     """`blocks` blocks of host memory for the blocks of `cache`, (planes, num_blocks, block_size, kv_heads, dim).
 
+    tier_blocks: further ones, the host tier.
+
     On a GPU it is pinned, and copies run on a stream of their own: the blocks are first gathered on the device, in
     order with what computes there, so that they may be overwritten while the copy to host memory is still under way.
     """
 
-    def __init__(self, cache: Tensor, blocks: int) -> None:
+    def __init__(self, cache: Tensor, blocks: int, tier_blocks: int = 0) -> None:
         planes, _, *block = cache.shape
         self._cache = cache
         self._stage = torch.empty((_STAGED, planes, *block), dtype=cache.dtype, device=cache.device)
         self._store = torch.empty((blocks, planes, *block), dtype=cache.dtype, pin_memory=cache.is_cuda)
+        self._tier = torch.empty((tier_blocks, planes, *block), dtype=cache.dtype, pin_memory=cache.is_cuda)
         self._stream = torch.cuda.Stream(cache.device) if cache.is_cuda else None
         self._free = list(range(blocks - 1, -1, -1))
         self._held: dict[int, list[int]] = {}  # host blocks of each request's first blocks, in order
@@ -56,11 +61,15 @@ class HostCache:
             del held[len(blocks) :]
             while len(self._free) < len(blocks) - len(held):
                 changed[self._make_room(r, moves.back, aside)] = 0
-            self._copy_out(r, blocks[len(held) :])
+            self._save(r, blocks[len(held) :])
             self._swapped.add(r)
             changed[r] = len(blocks)
+        self._move_single(moves.copies)
         for r, blocks in moves.back.items():
-            self._copy_in(blocks, aside.get(r, self._held.get(r, [])))
+            if r in aside:
+                self._copy_in(blocks, aside[r], range(len(blocks)))
+            else:
+                self._copy_in(blocks, self._store, self._held.get(r, []))
             self._swapped.discard(r)
             held = self._held.get(r, [])
             self._free += held[moves.kept[r] :]
@@ -68,7 +77,7 @@ class HostCache:
             changed[r] = len(held)
         for r, blocks in moves.save.items():
             if r not in changed:  # or else its checkpoint was just taken
-                self._copy_out(r, blocks[: len(self._free)])
+                self._save(r, blocks[: len(self._free)])
                 changed[r] = len(self._held[r])
         return changed
 
@@ -92,29 +101,38 @@ class HostCache:
         self._free += self._held.pop(r, [])
         self._swapped.discard(r)
 
-    def _copy_out(self, r: int, device_blocks: Sequence[int]) -> None:
+    def _move_single(self, copies: np.ndarray) -> None:
+        """Makes copies (`COPY`) between device and tier, as many at once as go the same way."""
+        turns = np.flatnonzero(np.diff(copies["to_tier"])) + 1
+        for some in np.split(copies, turns) if len(copies) else ():
+            move = self._copy_out if some["to_tier"][0] else self._copy_in
+            move(some["device"].tolist(), self._tier, some["tier"].tolist())
+
+    def _save(self, r: int, device_blocks: Sequence[int]) -> None:
+        """Copies further blocks of request r to free ones."""
         hosts = [self._free.pop() for _ in device_blocks]
         self._held.setdefault(r, []).extend(hosts)
-        for first in range(0, len(hosts), len(self._stage)):
-            some = hosts[first : first + len(self._stage)]
+        self._copy_out(device_blocks, self._store, hosts)
+
+    def _copy_out(self, device_blocks: Sequence[int], store: Tensor, places: Sequence[int]) -> None:
+        """store: (blocks, planes, block_size, kv_heads, dim) in host memory; places: which of its blocks."""
+        for first in range(0, len(places), len(self._stage)):
+            some = places[first : first + len(self._stage)]
             stage = self._stage[: len(some)]
             self._await_copies()
             gather_blocks(self._cache, self._numbers(device_blocks[first : first + len(some)]), stage)
             with self._copying():
                 for at, start, count in _runs(some):
-                    self._store[start : start + count].copy_(stage[at : at + count], non_blocking=True)
+                    store[start : start + count].copy_(stage[at : at + count], non_blocking=True)
 
-    def _copy_in(self, device_blocks: Sequence[int], source: Sequence[int] | Tensor) -> None:
-        """From host blocks, or from a copy of them that was put aside: (blocks, planes, block_size, kv_heads, dim)."""
+    def _copy_in(self, device_blocks: Sequence[int], store: Tensor, places: Sequence[int]) -> None:
+        """As `_copy_out`."""
         for first in range(0, len(device_blocks), len(self._stage)):
             some = device_blocks[first : first + len(self._stage)]
             stage = self._stage[: len(some)]
             with self._copying():
-                if isinstance(source, Tensor):
-                    stage.copy_(source[first : first + len(some)])
-                else:
-                    for at, start, count in _runs(source[first : first + len(some)]):
-                        stage[at : at + count].copy_(self._store[start : start + count], non_blocking=True)
+                for at, start, count in _runs(places[first : first + len(some)]):
+                    stage[at : at + count].copy_(store[start : start + count], non_blocking=True)
             self._await_copies()
             scatter_blocks(stage, self._cache, self._numbers(some))
 

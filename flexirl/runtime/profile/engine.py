@@ -41,6 +41,7 @@ ENGINE = np.dtype(
         ("noise", "f8"),  # standard deviation of log(step time); 0 is none
         ("kv_blocks", "i4"),  # blocks of KV cache
         ("host_kv_blocks", "i4"),  # blocks of host memory that preempted requests may be swapped to
+        ("host_cache_blocks", "i4"),  # blocks of host memory for what the prefix cache gives up
         ("block_size", "i4"),  # tokens per block
         ("max_tokens_per_step", "i4"),  # token budget of one iteration
         ("max_running", "i4"),  # seats: requests in the running batch
@@ -70,12 +71,14 @@ UNITS = {
     "noise": "standard deviation of log(step time)",
     "kv_blocks": "blocks",
     "host_kv_blocks": "blocks",
+    "host_cache_blocks": "blocks",
     "block_size": "tokens",
     "max_tokens_per_step": "tokens",
     "max_running": "sequences",
     "max_model_len": "tokens",
     "prefix_caching": "0 or 1",
 }
+OPTIONAL = ("host_cache_blocks",)  # 0 where a profile does not know it
 LONGEST_S = 600.0  # of what an iteration takes beside its tokens
 AT_LEAST_ONE = ("kv_blocks", "block_size", "max_tokens_per_step", "max_running", "max_model_len")
 PROFILES = Path(__file__).parent / "engines"
@@ -157,6 +160,8 @@ def load_profile(name_or_path: str | Path) -> EngineProfile:
     origin: dict[str, str] = {}
     for field in UNITS:
         figure = figures.get(field)
+        if figure is None and field in OPTIONAL:
+            continue
         if figure is None:
             raise UserError(f"Engine profile {path} has no value for {field}.")
         if not isinstance(figure, dict) or "value" not in figure:

@@ -10,9 +10,9 @@ from flexirl.policies.interface.view import NONE
 from flexirl.runtime.profile.step_time import prefill_slope
 from flexirl.runtime.scheduler.books import best_effort, end_waiting, seats_taken
 from flexirl.runtime.scheduler.composition import chunk_within_target, enlist, image_tokens_of_chunk
-from flexirl.runtime.scheduler.kv_cache import allocate, blocks_for
+from flexirl.runtime.scheduler.kv_cache import allocate, blocks_for, bring_back
 from flexirl.runtime.scheduler.preemption import ONLY_BEST_EFFORT, preempt, victim_within
-from flexirl.runtime.scheduler.prefix_cache import find, mark, take, take_row, unmark
+from flexirl.runtime.scheduler.prefix_cache import find, find_in_tier, mark, take, take_row, unmark
 from flexirl.runtime.scheduler.queues import head, merged_head, push, remove
 from flexirl.runtime.scheduler.state import EXPIRED, RUNNING, State
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
@@ -108,6 +108,7 @@ def _admit(state: State, r: int) -> bool:
     else:
         found, _ = find(state, r)
         take(state, r, min(found, start // engine.block_size))  # evicting others may have made it more
+        bring_back(state, r, start // engine.block_size)
         if request.preemptions > 0:
             scheduler.recomputed_tokens -= start
         else:
@@ -176,7 +177,7 @@ def _make_room(state: State, r: int) -> bool:
 
 @compiled
 def _reusable_tokens(state: State, r: int) -> int:
-    """Tokens of a waiting request that need no computing: swapped out, still cached, or a shared prefix."""
+    """Tokens of a waiting request that need no computing: swapped out, cached, in the host tier, or a shared prefix."""
     request, engine = state.requests[r], state.engine[0]
     if request.host_blocks > 0:
         return request.computed
@@ -184,6 +185,7 @@ def _reusable_tokens(state: State, r: int) -> int:
         return 0
     block_size = engine.block_size
     found, _ = find(state, r)
+    found += find_in_tier(state, r, found)
     if request.content_count == 0:
         # The last token is always computed: it yields the next one.
         most = (request.prompt_tokens + request.generated - 1) // block_size

@@ -6,6 +6,7 @@ import numpy as np
 
 from flexirl.policies.interface.decision import FAIR
 from flexirl.policies.interface.view import NONE
+from flexirl.runtime.scheduler.host_tier import has_tier
 from flexirl.runtime.scheduler.kv_cache import blocks_for
 from flexirl.runtime.scheduler.prefix_cache import caches
 from flexirl.runtime.scheduler.state import (
@@ -17,6 +18,7 @@ from flexirl.runtime.scheduler.state import (
     WAITING,
     State,
 )
+from flexirl.workloads.trace import DEFERRED
 
 
 def check_invariants(state: State, reused: bool = False) -> None:
@@ -61,6 +63,7 @@ def check_invariants(state: State, reused: bool = False) -> None:
     assert scheduler["free_blocks"] >= 0 and scheduler["host_free_blocks"] >= 0, "over-committed memory"
     assert not requests["kv_blocks"][(status != RUNNING) & (status != 0)].any(), "an idle request holds blocks"
     check_cache(state)
+    check_tier(state)
     swapped = requests["host_blocks"][status == WAITING].sum()
     assert swapped + scheduler["host_free_blocks"] == engine["host_kv_blocks"], "leaked host blocks"
     for r in running:
@@ -92,7 +95,8 @@ def check_cache(state: State) -> None:
             n = int(nodes["parent"][n])
         assert behind == 0, "a request's cached blocks have no beginning"
     idle = [n for n in known if users[n] == 0]
-    listed = [_idle_list(state, owner) for owner in range(2)] if caches(state) else []
+    heads = int(engine["kv_blocks"])
+    listed = [_members(nodes, heads + owner) for owner in range(2)] if caches(state) else []
     assert sorted(idle) == sorted(n for some in listed for n in some), "the lists of idle nodes are not right"
     for n in known:
         assert nodes["users"][n] == users[n], "miscounted users"
@@ -146,6 +150,32 @@ def _check_numbers(state: State, known: list[int]) -> None:
     assert sorted(rows + spare) == list(range(len(state.spare_rows))), "a block table is held twice or lost"
 
 
+def check_tier(state: State) -> None:
+    """Raises AssertionError unless every block of the host tier is listed, found by what it holds, and in order."""
+    if not has_tier(state):
+        return
+    heads, made = int(state.engine["host_cache_blocks"][0]), int(state.scheduler["tier_made"][0])
+    listed = [_members(state.tier, heads + owner) for owner in range(2)]
+    assert sorted(b for some in listed for b in some) == list(range(made)), "a block of the tier is lost"
+    assert len(tier_blocks(state)) == made <= heads, "a block of the tier cannot be found"
+    for owner, some in enumerate(listed):
+        assert (state.tier["owner"][some] == owner).all(), "a block of the tier is in the other class's list"
+        assert state.classes["tier_blocks"][owner] == len(some), "miscounted blocks of the tier"
+        assert (np.diff(state.tier["age"][some]) >= 0).all(), "the tier is in no order"
+
+
+def tier_blocks(state: State) -> dict[tuple[int, int], bool]:
+    """What the host tier holds, as origins and numbers, and whether it is kept for deferred work."""
+    found = {}
+    for bucket in state.tier_buckets if has_tier(state) else ():
+        b = int(bucket)
+        while b != NONE:
+            block = state.tier[b]
+            found[int(block["origin"]), int(block["number"])] = bool(block["owner"] == DEFERRED)
+            b = int(block["chained"])
+    return found
+
+
 def cache_nodes(state: State) -> list[int]:
     """All nodes of the prefix cache, each found where a search would find it."""
     found = []
@@ -160,13 +190,13 @@ def cache_nodes(state: State) -> list[int]:
     return found
 
 
-def _idle_list(state: State, owner: int) -> list[int]:
-    head = int(state.engine["kv_blocks"][0]) + owner
-    found, n = [], int(state.nodes["next"][head])
+def _members(records: np.ndarray, head: int) -> list[int]:
+    """The records of a list, in its order."""
+    found, n = [], int(records["next"][head])
     while n != head:
         found.append(n)
-        assert state.nodes["previous"][state.nodes["next"][n]] == n, "a broken list"
-        n = int(state.nodes["next"][n])
+        assert records["previous"][records["next"][n]] == n, "a broken list"
+        n = int(records["next"][n])
     return found
 
 

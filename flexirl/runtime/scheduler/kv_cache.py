@@ -9,6 +9,8 @@ from __future__ import annotations
 import numba as nb
 
 from flexirl.compiled import compiled
+from flexirl.policies.interface.view import NONE
+from flexirl.runtime.scheduler.host_tier import copy_back, has_tier, hold
 from flexirl.runtime.scheduler.prefix_cache import (
     caches,
     empty_row,
@@ -17,6 +19,7 @@ from flexirl.runtime.scheduler.prefix_cache import (
     leave,
     remember,
     return_row,
+    stretch,
 )
 from flexirl.runtime.scheduler.state import State
 
@@ -32,12 +35,34 @@ def allocate(state: State, r: int, blocks: int) -> None:
     """Gives request r `blocks` free blocks; the caller has made sure that there are as many."""
     scheduler, request = state.scheduler[0], state.requests[r]
     if blocks > scheduler.empty_blocks:
-        evict(state, blocks - scheduler.empty_blocks)
+        evict(state, blocks - scheduler.empty_blocks, True)
     scheduler.empty_blocks -= blocks
     scheduler.free_blocks -= blocks
     fill_row(state, r, request.kv_blocks, request.kv_blocks + blocks)
     request.kv_blocks += blocks
     state.classes[request.request_class].kv_blocks += blocks
+
+
+@compiled
+def bring_back(state: State, r: int, blocks: int) -> None:
+    """Copies what the host tier has of request r behind its cached blocks, up to `blocks` in all, to the device.
+
+    It goes into blocks of the request's own; the caller has made sure that there are as many free.
+    """
+    request = state.requests[r]
+    if not has_tier(state):
+        return
+    first = last = request.kv_blocks
+    while last < blocks:
+        origin, _ = stretch(state, request, last)
+        if not hold(state, origin, last):
+            break
+        last += 1
+    allocate(state, r, last - first)
+    numbered = len(state.spare_blocks) > 0
+    for block in range(first, last):
+        origin, _ = stretch(state, request, block)
+        copy_back(state, origin, block, state.block_rows[request.row, block] if numbered else NONE)
 
 
 @compiled

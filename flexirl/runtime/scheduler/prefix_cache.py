@@ -6,7 +6,8 @@ and stays until its space is needed. Idle nodes are given up in the order in whi
 block, which for single blocks is the order of vLLM's block manager: so what stands before a cached block is cached,
 too. The cost of all this goes with the stretches of a sequence, not with its blocks, and not with the cache's size.
 
-Two lists of idle nodes, by the class they are kept for, let a decision take deferred work's blocks first.
+Two lists of idle nodes, by the class they are kept for, let a decision take deferred work's blocks first. What is given
+up may go on in host memory: see `host_tier`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from flexirl.compiled import compiled
 from flexirl.policies.interface.view import NONE
+from flexirl.runtime.scheduler.host_tier import empty_tier, has_tier, keep, tier_block
 from flexirl.runtime.scheduler.state import State
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
@@ -48,6 +50,7 @@ def empty_cache(state: State) -> None:
     scheduler.spare_blocks = len(state.spare_blocks)
     for i in range(len(state.spare_blocks)):
         state.spare_blocks[i] = len(state.spare_blocks) - 1 - i
+    empty_tier(state)
     scheduler.spare_row = 0
     scheduler.rows_out = 0
     for i in range(len(state.spare_rows)):
@@ -76,7 +79,7 @@ def find(state: State, r: int) -> tuple[int, int]:
     most = (request.prompt_tokens + request.generated - 1) // state.engine[0].block_size
     found, used = 0, 0
     while found < most:
-        origin, end = _stretch(state, request, found)
+        origin, end = stretch(state, request, found)
         n = _node_at(state, origin, found)
         if n == NONE:
             break
@@ -88,11 +91,29 @@ def find(state: State, r: int) -> tuple[int, int]:
 
 
 @compiled
+def find_in_tier(state: State, r: int, found: int) -> int:
+    """How many more blocks of waiting request r the host tier has behind the `found` ones that the cache has."""
+    request = state.requests[r]
+    if not has_tier(state) or (request.content_count == 0 and request.preemptions == 0):
+        return 0
+    most = (request.prompt_tokens + request.generated - 1) // state.engine[0].block_size
+    behind = found
+    while behind < most:
+        origin, end = stretch(state, request, behind)
+        end = min(end, most)
+        while behind < end:
+            if tier_block(state, origin, behind) == NONE:
+                return behind - found
+            behind += 1
+    return behind - found
+
+
+@compiled
 def take(state: State, r: int, blocks: int) -> None:
     """Lets request r, which holds none, use the first `blocks` that `find` found, and gives them to its block table."""
     request = state.requests[r]
     while request.cached < blocks:
-        origin, end = _stretch(state, request, request.cached)
+        origin, end = stretch(state, request, request.cached)
         n = _node_at(state, origin, request.cached)
         _use(state, r, _cut(state, n, min(end, blocks) - request.cached))
     request.kv_blocks += blocks
@@ -108,7 +129,7 @@ def remember(state: State, r: int, blocks: int) -> None:
     request, scheduler = state.requests[r], state.scheduler[0]
     while request.cached < blocks:
         first = request.cached
-        origin, end = _stretch(state, request, first)
+        origin, end = stretch(state, request, first)
         count = min(end, blocks) - first
         n = _node_at(state, origin, first)
         if n != NONE:
@@ -156,8 +177,11 @@ def leave(state: State, r: int) -> None:
 
 
 @compiled
-def evict(state: State, blocks: int) -> None:
-    """Empties `blocks` idle blocks: the longest idle, but deferred work's first while it has more than its share."""
+def evict(state: State, blocks: int, sound: bool) -> None:
+    """Empties `blocks` idle blocks: the longest idle, but deferred work's first while it has more than its share.
+
+    sound: what they hold can be relied on, and may go on in the host tier.
+    """
     engine, share = state.engine[0], state.decision[0].deferred_cache_share
     kept = int(share * engine.kv_blocks) if share < 1.0 else engine.kv_blocks
     state.scheduler[0].empty_blocks += blocks
@@ -176,9 +200,12 @@ def evict(state: State, blocks: int) -> None:
             n = of_deferred if state.nodes[of_deferred].age < state.nodes[of_immediate].age else of_immediate
         node = state.nodes[n]
         count = min(most, node.blocks)
-        for _ in range(count if len(state.spare_blocks) > 0 else 0):
-            _push_spare_block(state, node.last_block)
-            node.last_block = state.block_before[node.last_block]
+        for number in range(node.first + node.blocks - 1, node.first + node.blocks - 1 - count, -1):
+            if sound:
+                keep(state, node.origin, number, node.owner, node.last_block)
+            if len(state.spare_blocks) > 0:
+                _push_spare_block(state, node.last_block)
+                node.last_block = state.block_before[node.last_block]
         node.blocks -= count
         state.classes[node.owner].idle_blocks -= count
         state.classes[node.owner].evicted_blocks += count
@@ -189,8 +216,9 @@ def evict(state: State, blocks: int) -> None:
 
 @compiled
 def forget_idle(state: State) -> None:
-    """Empties all idle blocks: what they hold cannot be relied on any more."""
-    evict(state, state.scheduler[0].free_blocks - state.scheduler[0].empty_blocks)
+    """Empties all idle blocks, those in host memory, too: what they hold cannot be relied on any more."""
+    evict(state, state.scheduler[0].free_blocks - state.scheduler[0].empty_blocks, False)
+    empty_tier(state)
 
 
 @compiled
@@ -221,7 +249,7 @@ def unmark(state: State, r: int) -> None:
 
 
 @compiled
-def _stretch(state: State, request, block: int) -> tuple[np.uint64, int]:
+def stretch(state: State, request, block: int) -> tuple[np.uint64, int]:
     """The origin of block number `block` of a request's sequence, and the first block beyond the same stretch.
 
     A block is of the stretch that its last token lies in: what stands before that goes without saying.

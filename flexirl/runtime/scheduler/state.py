@@ -81,6 +81,7 @@ CLASS = np.dtype(  # one record per request class
         ("running", "i8"),
         ("kv_blocks", "i8"),  # in the block tables of its running requests; a shared block counts for each of them
         ("idle_blocks", "i8"),  # cached for it, and used by no running request
+        ("tier_blocks", "i8"),  # of it, in the host tier
         ("preempted", "i8"),  # preemptions in the current iteration
         ("order", "i8"),  # the order its queue is sorted in now
         ("order_weight_s", "f8"),
@@ -138,6 +139,9 @@ SCHEDULER = np.dtype(
         ("nodes", "i8"),  # of the prefix cache, made so far, and the first of those to be used again
         ("spare_node", "i8"),
         ("uses", "i8"),  # how often a node became idle: their age
+        ("tier_made", "i8"),  # blocks of the host tier that have been used so far
+        ("tier_uses", "i8"),  # how often a block came to it: their age
+        ("copies", "i8"),  # entries of `copies`
         ("own_origins", "i8"),  # requests submitted
         ("spare_blocks", "i8"),  # entries of `spare_blocks`
         ("spare_row", "i8"),  # next entry of `spare_rows` to hand out
@@ -187,6 +191,20 @@ NODE = np.dtype(  # a run of full blocks in the prefix cache; see prefix_cache.p
     align=True,
 )
 
+TIER_BLOCK = np.dtype(  # a block in the host tier; see host_tier.py
+    [
+        ("origin", "u8"),  # of the stretch of content it belongs to
+        ("age", "i8"),  # when it came, on a count of the tier's own; 0: it was copied back
+        ("number", "i4"),  # within its sequence
+        ("owner", "i4"),  # the class it is kept for
+        ("next", "i4"),  # in the list of those of its class
+        ("previous", "i4"),
+        ("chained", "i4"),  # the next one in its bucket of `tier_buckets`
+    ],
+    align=True,
+)
+COPY = np.dtype([("device", "i4"), ("tier", "i4"), ("to_tier", "i4")], align=True)  # of one block, one way or the other
+
 LENGTH_BINS = 64  # a quarter of an octave each: up to 65,536 tokens
 LENGTHS = np.dtype(  # outputs of one kind of request; see lengths.py
     [
@@ -225,11 +243,14 @@ class State(NamedTuple):
     contents: np.ndarray  # CONTENT: what the requests' sequences say
     nodes: np.ndarray  # NODE, (kv_blocks + 2,): the last two head the lists of idle nodes by owner
     buckets: np.ndarray  # int32, (a power of two,): nodes by origin and first block
+    tier: np.ndarray  # TIER_BLOCK, (host_cache_blocks + 2,), or none: the last two head the lists by owner
+    tier_buckets: np.ndarray  # int32, (a power of two,)
     # Numbers of blocks, where an executor needs them; of length 0 where they are only counted.
     block_rows: np.ndarray  # int32, (2 * max_running, blocks of the longest sequence): block tables
     spare_rows: np.ndarray  # int32, (2 * max_running,): those that nobody has, the longest unused first
     block_before: np.ndarray  # int32, (kv_blocks,): within a node, the block before each
     spare_blocks: np.ndarray  # int32, (kv_blocks,): the empty ones, as a stack
+    copies: np.ndarray  # COPY: what moves before the planned iteration between device and host tier, in this order
     promises: np.ndarray  # EVENT, (R,): when the first tokens of immediate requests are due
     # Requests that wait for an answer: the first one that waits for each, the next that waits for the same, and those
     # that are on their way, since the answer has come.
@@ -259,6 +280,7 @@ def new_states(
     profile = engine.values
     blocks, rows_of_blocks = int(profile["kv_blocks"]), 2 * int(profile["max_running"])
     caching = bool(profile["prefix_caching"])
+    tier = int(profile["host_cache_blocks"]) if caching else 0
     longest = -(-int(profile["max_model_len"]) // int(profile["block_size"]))
 
     def rows(shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
@@ -279,10 +301,13 @@ def new_states(
         contents=rows((contents,), CONTENT),
         nodes=rows((blocks + 2 if caching else 0,), NODE),
         buckets=rows((1 << (blocks - 1).bit_length() if caching else 0,), np.int32),
+        tier=rows((tier + 2 if tier else 0,), TIER_BLOCK),
+        tier_buckets=rows((1 << (tier - 1).bit_length() if tier else 0,), np.int32),
         block_rows=rows((rows_of_blocks, longest) if numbered else (0, 0), np.int32),
         spare_rows=rows((rows_of_blocks if numbered else 0,), np.int32),
         block_before=rows((blocks if numbered else 0,), np.int32),
         spare_blocks=rows((blocks if numbered else 0,), np.int32),
+        copies=rows((3 * blocks if numbered and tier else 0,), COPY),
         promises=rows((max_requests,), EVENT),
         follower=rows((max_requests,), np.int32),
         sibling=rows((max_requests,), np.int32),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from flexirl.compiled import compiled
-from flexirl.policies.interface.decision import CLASSES, FAIR
+from flexirl.policies.interface.decision import CLASSES, FAIR, NOBODYS
 from flexirl.policies.interface.view import NONE
 from flexirl.runtime.borrow import borrow
 from flexirl.runtime.profile.step_time import step_time
@@ -24,6 +24,7 @@ from flexirl.runtime.scheduler.books import (
 )
 from flexirl.runtime.scheduler.commit import commit, settle
 from flexirl.runtime.scheduler.events import pop_event
+from flexirl.runtime.scheduler.host_tier import has_tier
 from flexirl.runtime.scheduler.intake import fill_in, submit
 from flexirl.runtime.scheduler.kv_cache import allocate, blocks_for
 from flexirl.runtime.scheduler.lengths import forget_lengths
@@ -310,6 +311,8 @@ def _fast_forward(state: State, trace: np.ndarray, until_s: float, limit: int) -
     target_s = decision.deferred_step_s if limited else np.inf
     now_s = scheduler.now_s
     free, total = scheduler.free_blocks, engine.kv_blocks
+    # Where blocks that give way are copied, an iteration in which some do takes longer.
+    kept = free - scheduler.empty_blocks if has_tier(state) and decision.to_host != NOBODYS else 0
     done = 0
     elapsed_s, bin_of_elapsed = -1.0, 0
     # `due_s` is compared as in `arrive` (already here at its time) and `commit` (expired after it): the earlier holds.
@@ -321,7 +324,7 @@ def _fast_forward(state: State, trace: np.ndarray, until_s: float, limit: int) -
             # At least the slack that `plan` would find: exact where all promise the same pace.
             target_s = min(decision.deferred_step_s, decision.deferred_slack * (next_due_s - now_s))
             next_due_s += least_tpot_s
-        if taken > free or predicted_s > target_s * (1.0 - 1e-9):
+        if taken > free - kept or predicted_s > target_s * (1.0 - 1e-9):
             break
         free -= taken
         step_s = predicted_s * _noise(state)

@@ -24,6 +24,7 @@ from flexirl.policies.interface.decision import (
     CLASSES,
     DEADLINE,
     DECISION,
+    IMMEDIATES,
     NEWEST,
     default_decision,
 )
@@ -86,7 +87,7 @@ def test_zero_is_the_documented_heuristic() -> None:
     decision = decided(np.zeros(NUM_DIALS))
     expected = {
         "discipline": CLASSES, "decodes_first": 1, "immediate_order": DEADLINE, "deferred_order": DEADLINE,
-        "victim": NEWEST, "preemption": CHEAPER, "preempt_for_immediate": 1, "preempt_count": 0,
+        "victim": NEWEST, "preemption": CHEAPER, "to_host": IMMEDIATES, "preempt_for_immediate": 1, "preempt_count": 0,
         "order_weight_s": ORDER_WEIGHT_S, "reserve_ratio": 0.0, "reserve_new_ratio": 0.0, "deferred_token_floor": 0,
         "token_budget": default_decision()["token_budget"], "reserve_clip": np.inf,
     }  # fmt: skip

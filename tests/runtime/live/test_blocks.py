@@ -31,6 +31,7 @@ def decide_anything(state: State) -> None:
     decision.deferred_order = np.random.randint(3)
     decision.victim = np.random.randint(5)
     decision.preemption = np.random.randint(3)
+    decision.to_host = np.random.randint(3)
     decision.preempt_for_immediate = np.random.randint(2)
     decision.token_budget = 1 + np.random.randint(16)
     decision.preempt_count = max(np.random.randint(6) - 3, 0)
@@ -62,11 +63,18 @@ def new_request(state: State, tokens: np.ndarray, row: np.void, number: int) -> 
 
 @nb.njit(cache=True)
 def storm(
-    live: LiveState, rows: np.ndarray, content: np.ndarray, on_host: np.ndarray, counts: np.ndarray, steps: int
+    live: LiveState,
+    rows: np.ndarray,
+    content: np.ndarray,
+    on_host: np.ndarray,
+    in_tier: np.ndarray,
+    counts: np.ndarray,
+    steps: int,
 ) -> None:
     """Runs random steps with a cache whose slots say what they hold: a checksum of all tokens up to there.
 
-    Adds to counts: swapped out, swapped in, preempted, abandoned, cancelled, iterations, stale or foreign slots.
+    Adds to counts: swapped out, swapped in, preempted, abandoned, cancelled, iterations, stale or foreign slots, blocks
+    copied to the host tier and back.
     """
     state, arrays, flat = live.state, live.arrays, live.flat
     is_end = np.zeros(4, np.bool_)
@@ -86,7 +94,7 @@ def storm(
             counts[4] += 1
             cancel(state, r)
         before = state.classes[0].preemptions + state.classes[1].preemptions
-        n, tokens, widest, sampled, out, back, _, _, _ = prepare(live, 0)
+        n, tokens, widest, sampled, out, back, _, copies, _, _ = prepare(live, 0)
         counts[2] += state.classes[0].preemptions + state.classes[1].preemptions - before
         counts[0] += out
         counts[1] += back
@@ -95,6 +103,13 @@ def storm(
             blocks = state.block_rows[live.swaps.rows[r]]
             for position in range(state.requests[r].computed):
                 on_host[r, position] = content[blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE]
+        for copy in state.copies[:copies]:
+            slots = content[copy.device * BLOCK_SIZE : (copy.device + 1) * BLOCK_SIZE]
+            if copy.to_tier:
+                in_tier[copy.tier] = slots
+            else:
+                slots[:] = in_tier[copy.tier]
+            counts[8 - copy.to_tier] += 1
         for i in range(back):
             r = flat.swapped_in[i]
             blocks = state.block_rows[state.requests[r].row]
@@ -124,11 +139,11 @@ def storm(
             finish(live, np.random.randint(0, 2, sampled), is_end, 0.01)
 
 
-@pytest.mark.parametrize("caching", [0, 1])
-def test_blocks_are_exact_after_a_million_steps(caching: int) -> None:
+@pytest.mark.parametrize(("caching", "tier"), [(0, 0), (1, 0), (1, 10)])
+def test_blocks_are_exact_after_a_million_steps(caching: int, tier: int) -> None:
     engine = toy_engine(
         kv_blocks=BLOCKS, block_size=BLOCK_SIZE, host_kv_blocks=12, max_running=6, max_tokens_per_step=16,
-        max_model_len=LONGEST, prefix_caching=caching,
+        max_model_len=LONGEST, prefix_caching=caching, host_cache_blocks=tier,
     )  # fmt: skip
     longest = LONGEST // BLOCK_SIZE
     state = State(*(array[0] for array in new_states(1, engine, PLACES, 1, PLACES * longest, numbered=True)))
@@ -136,17 +151,19 @@ def test_blocks_are_exact_after_a_million_steps(caching: int) -> None:
     swaps, arrays = new_swaps(PLACES, len(state.running)), new_request_arrays(PLACES, LONGEST, longest)
     live = LiveState(state, swaps, arrays, new_flat_batch(engine, longest))
     content, on_host = np.full(BLOCKS * BLOCK_SIZE, -1), np.full((PLACES, LONGEST), -1)
-    counts = np.zeros(7, np.int64)
+    in_tier = np.full((tier, BLOCK_SIZE), -1)
+    counts = np.zeros(9, np.int64)
     seed_storm(0)
     for _ in range(100):
-        storm(live, empty_rows(1), content, on_host, counts, 10_000)
+        storm(live, empty_rows(1), content, on_host, in_tier, counts, 10_000)
         check_invariants(state, reused=True)
-    swapped_out, swapped_in, preempted, abandoned, cancelled, iterations, errors = counts.tolist()
+    swapped_out, swapped_in, preempted, abandoned, cancelled, iterations, errors, to_tier, back = counts.tolist()
     assert errors == 0, "a slot is stale or another's"
     assert min(swapped_out, swapped_in, preempted, abandoned, cancelled) > 5_000 and iterations > 500_000
     shared = state.classes["found_prompt"] / state.classes["admitted_prompt"]
     assert (shared > 0.05).all() if caching else not shared.any()
     assert (state.classes["evicted_blocks"] > 1_000 * caching).all() or not caching
+    assert min(to_tier, back) > 5_000 if tier else to_tier == back == 0
     for r in range(PLACES):
         cancel(state, r)
     check_invariants(state, reused=True)

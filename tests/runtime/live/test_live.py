@@ -34,7 +34,7 @@ from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 ENGINE: dict[str, float] = {
     "kv_blocks": 24, "host_kv_blocks": 16, "block_size": 4, "max_running": 8, "max_tokens_per_step": 16,
-    "max_model_len": 64, "prefix_caching": 1, "per_swap_token_s": TICK_S / 8,
+    "max_model_len": 64, "prefix_caching": 1, "host_cache_blocks": 20, "per_swap_token_s": TICK_S / 8,
 }  # fmt: skip
 
 

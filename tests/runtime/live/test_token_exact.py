@@ -62,6 +62,7 @@ def test_no_schedule_changes_a_token(model: LoadedModel) -> None:
     assert (
         run.engine.state.classes["found_prompt"].sum() > 100 and run.engine.state.classes["evicted_blocks"].sum() > 100
     )
+    assert executor.from_tier > 5
     assert metrics["abandoned_iterations"] > 0 and metrics["policy_swaps"] > 2
     whole = 0
     for name, completion in run.completions.items():

@@ -170,7 +170,8 @@ class Reference:
             for number, row in enumerate(rows)
         ]
         self.running: list[Request] = []
-        self.cache = PlainCache(self.engine["kv_blocks"])
+        tier = self.engine["host_cache_blocks"] if self.engine["prefix_caching"] else 0
+        self.cache = PlainCache(self.engine["kv_blocks"], tier)
         self.contents = [(int(content["origin"]), int(content["end"])) for content in contents]
         self.host_free: int = self.engine["host_kv_blocks"]
         self.now_s = 0.0
@@ -529,6 +530,7 @@ class Reference:
             for key in self.keys(request, 0, found):
                 self.cache.use(request, key)
             request.cached = request.kv_blocks = found
+            self.bring_back(request, start // self.engine["block_size"])
             if request.preemptions:
                 self.recomputed -= start
             else:
@@ -549,7 +551,9 @@ class Reference:
         size = self.engine["block_size"]
         said = request.row["prefix_tokens"] if request.row["content_count"] == 0 else 0
         shared = said // size if self.engine["prefix_caching"] else 0
-        return min(max(len(self.found(request)), shared), (request.sequence - 1) // size) * size
+        found, most = len(self.found(request)), (request.sequence - 1) // size
+        found += self.cache.tier.found(self.keys(request, found, most))
+        return min(max(found, shared), most) * size
 
     def need(self, request: Request, running: list[Request], leaving: Collection[Request]) -> int:
         """Free blocks it takes to admit a request beside these running ones when the others leave."""
@@ -575,8 +579,26 @@ class Reference:
     def take(self, request: Request, count: int) -> None:
         """Gives a request `count` free blocks."""
         assert count <= self.cache.free
-        self.cache.give(count, self.decision["deferred_cache_share"])
+        copied = self.cache.tier.copied
+        self.cache.give(count, self.decision["deferred_cache_share"], self.decision["to_host"])
         request.kv_blocks += count
+        self.note_copies(self.cache.tier.copied - copied)
+
+    def bring_back(self, request: Request, blocks: int) -> None:
+        """Copies the blocks of a request back that the host tier has beyond those it has, up to `blocks`."""
+        keys = self.keys(request, request.kv_blocks, blocks)
+        keys = keys[: self.cache.tier.found(keys)]
+        for key in keys:
+            self.cache.tier.kept[key].held = True
+        self.take(request, len(keys))
+        for key in keys:
+            self.cache.tier.copy_back(key)
+        self.note_copies(len(keys))
+
+    def note_copies(self, blocks: int) -> None:
+        """So many blocks are copied to or from host memory in this iteration."""
+        self.swapped += blocks * self.engine["block_size"]
+        self.batch.swap_tokens += blocks * self.engine["block_size"]
 
     def give_back(self, request: Request, keep: bool) -> None:
         """Frees a request's blocks; keep: the full ones stay known."""

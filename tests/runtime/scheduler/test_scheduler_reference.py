@@ -12,7 +12,7 @@ from reference import Reference
 from toys import TICK_S, ToyRun, decision_with, deferred, immediate, toy_engine, toy_trace
 
 from flexirl.runtime.profile.engine import EngineProfile
-from flexirl.runtime.scheduler.invariants import cache_nodes, check_invariants
+from flexirl.runtime.scheduler.invariants import cache_nodes, check_invariants, tier_blocks
 from flexirl.runtime.scheduler.queues import rescore
 from flexirl.runtime.scheduler.state import (
     FUTURE,
@@ -98,6 +98,7 @@ def engines(draw: st.DrawFn) -> EngineProfile:
         **coefficients,
         kv_blocks=draw(st.integers(6, 14)),
         host_kv_blocks=draw(st.sampled_from((0, 4, 20))),
+        host_cache_blocks=draw(st.sampled_from((0, 2, 7, 40))),
         block_size=draw(st.sampled_from((1, 3, 4, 8))),
         max_tokens_per_step=draw(st.sampled_from((3, 16, 64))),
         max_running=draw(st.integers(1, 6)),
@@ -119,6 +120,7 @@ def decisions(draw: st.DrawFn, preempt: bool = True) -> dict[str, float]:
         "deferred_order": draw(st.one_of(st.just(immediate_order), st.integers(0, 4))),
         "victim": draw(st.integers(0, 4)),
         "preemption": draw(st.integers(0, 2)),
+        "to_host": draw(st.integers(0, 2)),
         "preempt_for_immediate": draw(st.integers(0, 1)),
         "relegated_last": draw(st.integers(0, 1)),
         "relegate": draw(st.sampled_from((0.0, 0.0, 1.0, 2.5))),
@@ -174,6 +176,10 @@ def compare(state: State, reference: Reference) -> None:
     assert known_blocks(state) == {
         (key if key[0] >= 0 else (own_origin(state, -1 - key[0]), key[1])): block.deferred
         for key, block in reference.cache.known.items()
+    }
+    assert tier_blocks(state) == {
+        (key if key[0] >= 0 else (own_origin(state, -1 - key[0]), key[1])): kept.deferred
+        for key, kept in reference.cache.tier.kept.items()
     }
     assert state.tenants["service"].tolist() == reference.service
     for group, totals_of_class in zip(state.classes, reference.totals, strict=True):
@@ -277,13 +283,21 @@ def assert_equal_states(one: State, other: State) -> None:
     st.integers(3, 8),
     st.integers(12, 60),
     st.integers(0, 1),
+    st.sampled_from((0, 10)),
 )
 def test_fast_forward_changes_no_bit(
-    trace: Trace, steps: list[tuple[dict[str, float], float]], noise: float, seats: int, blocks: int, caching: int
+    trace: Trace,
+    steps: list[tuple[dict[str, float], float]],
+    noise: float,
+    seats: int,
+    blocks: int,
+    caching: int,
+    tier: int,
 ) -> None:
     engine = toy_engine(
         base_s=0.0071, per_token_s=0.00013, per_context_s=1.7e-6, per_sequence_s=3e-6, mixed_s=0.0003, noise=noise,
         kv_blocks=blocks, block_size=8, max_running=seats, max_model_len=200, prefix_caching=caching,
+        host_cache_blocks=tier, per_swap_token_s=3e-5,
     )  # fmt: skip
     at_once, one_by_one = ToyRun(engine, trace, seed=7), ToyRun(engine, trace, seed=7)
     for changes, span_s in steps:

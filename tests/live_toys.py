@@ -139,7 +139,7 @@ def random_decision(rng: np.random.Generator, tokens: int) -> np.ndarray:
         "victim": 5,
     }.items():
         decision[name] = rng.integers(count)
-    for name in ("decodes_first", "preempt_for_immediate", "relegated_last"):
+    for name in ("decodes_first", "preempt_for_immediate", "relegated_last", "by_return"):
         decision[name] = rng.integers(2)
     decision["preemption"] = rng.integers(3)
     decision["to_host"] = rng.integers(3)

@@ -366,7 +366,7 @@ def _member_state(states: State, m: int) -> State:
         states.engine[m], states.contents[m], states.nodes[m], states.buckets[m], states.tier[m],
         states.tier_buckets[m], states.block_rows[m], states.spare_rows[m], states.block_before[m],
         states.spare_blocks[m], states.copies[m], states.promises[m], states.follower[m], states.sibling[m],
-        states.followers[m], states.lengths[m], states.length_tenths[m],
+        states.followers[m], states.lengths[m], states.returns[m], states.ghosts[m], states.length_tenths[m],
         states.itl_histogram[m],
     )  # fmt: skip
 

@@ -20,8 +20,10 @@ from flexirl.policies.interface.view import View
 @dataclass(frozen=True)
 class KeepCache(QoServe):
     """kept_share: of all blocks, those that immediate work left in the cache and no deferred request is admitted into;
-    deferred_share: of all blocks, what idle deferred work may keep before it gives way first."""
+    deferred_share: of all blocks, what idle deferred work may keep before it gives way first; by_return: what
+    conversations left gives way by how soon it is likely asked for again, not by how long it has been idle."""
 
+    by_return: bool
     kept_share: float
     deferred_share: float
 
@@ -37,5 +39,6 @@ class KeepCache(QoServe):
         super().prepare(decision, view)
         decision["relegated_last"] = 0
         decision["to_host"] = IMMEDIATES
+        decision["by_return"] = self.by_return
         decision["immediate_cache_share"] = self.kept_share
         decision["deferred_cache_share"] = self.deferred_share

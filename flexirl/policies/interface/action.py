@@ -113,6 +113,7 @@ def set_dials(decision, dials: np.ndarray, tpot_s: float, immediate_order: int, 
     decision.victim = NEWEST
     decision.preemption = CHEAPER
     decision.to_host = IMMEDIATES
+    decision.by_return = 1
     decision.relegated_last = 0
     decision.preempt_for_immediate = 1
     decision.token_budget = np.iinfo(np.int32).max

@@ -35,6 +35,7 @@ DECISION = np.dtype(
         ("victim", "i4"),
         ("preemption", "i4"),
         ("to_host", "i4"),
+        ("by_return", "i4"),  # 1: of immediate work, what is least likely asked for again soon gives way first
         ("relegated_last", "i4"),  # 1: immediate requests that were given up go behind deferred ones, too
         ("preempt_for_immediate", "i4"),  # 1: a waiting immediate request may take memory and seats from deferred ones
         ("token_budget", "i4"),  # tokens per iteration, at most the engine's

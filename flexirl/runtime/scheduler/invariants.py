@@ -11,14 +11,16 @@ from flexirl.runtime.scheduler.kv_cache import blocks_for
 from flexirl.runtime.scheduler.prefix_cache import caches
 from flexirl.runtime.scheduler.state import (
     CANCELLED,
+    DEFERRED_LANE,
     EXPIRED,
     FINISHED,
+    LANES,
     REJECTED,
     RUNNING,
     WAITING,
     State,
 )
-from flexirl.workloads.trace import DEFERRED
+from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 
 def check_invariants(state: State, reused: bool = False) -> None:
@@ -96,7 +98,7 @@ def check_cache(state: State) -> None:
         assert behind == 0, "a request's cached blocks have no beginning"
     idle = [n for n in known if users[n] == 0]
     heads = int(engine["kv_blocks"])
-    listed = [_members(nodes, heads + owner) for owner in range(2)] if caches(state) else []
+    listed = [_members(nodes, heads + lane) for lane in range(LANES)] if caches(state) else []
     assert sorted(idle) == sorted(n for some in listed for n in some), "the lists of idle nodes are not right"
     for n in known:
         assert nodes["users"][n] == users[n], "miscounted users"
@@ -108,9 +110,14 @@ def check_cache(state: State) -> None:
             assert parent in users, "a node outlived what stands before it"
             assert nodes["first"][parent] + nodes["blocks"][parent] == nodes["first"][n], "a gap between nodes"
             assert nodes["owner"][parent] <= nodes["owner"][n], "kept for deferred work, and what follows it is not"
-    for owner, some in enumerate(listed):
-        assert state.classes["idle_blocks"][owner] == nodes["blocks"][some].sum(), "miscounted idle blocks"
-        assert (nodes["owner"][some] == owner).all() and (np.diff(nodes["age"][some]) >= 0).all(), "idle in no order"
+    for lane, some in enumerate(listed):
+        owner = DEFERRED if lane == DEFERRED_LANE else IMMEDIATE
+        assert (nodes["owner"][some] == owner).all() and (nodes["lane"][some] == lane).all(), "in a lane of others"
+        assert (np.diff(nodes["age"][some]) >= 0).all(), "idle in no order"
+        assert (int(scheduler["idle_lanes"]) >> lane & 1) == (len(some) > 0), "a lane is empty or not"
+    for owner in range(2):
+        mine = [n for n in idle if nodes["owner"][n] == owner]
+        assert state.classes["idle_blocks"][owner] == nodes["blocks"][mine].sum(), "miscounted idle blocks"
     idle_blocks = nodes["blocks"][idle].sum()
     assert scheduler["free_blocks"] == scheduler["empty_blocks"] + idle_blocks, "miscounted free blocks"
     in_nodes = nodes["blocks"][known].sum()

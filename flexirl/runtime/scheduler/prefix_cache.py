@@ -6,8 +6,8 @@ and stays until its space is needed. Idle nodes are given up in the order in whi
 block, which for single blocks is the order of vLLM's block manager: so what stands before a cached block is cached,
 too. The cost of all this goes with the stretches of a sequence, not with its blocks, and not with the cache's size.
 
-Two lists of idle nodes, by the class they are kept for, let a decision take deferred work's blocks first. What is given
-up may go on in host memory: see `host_tier`.
+Idle nodes are in lanes, so that a decision can take deferred work's blocks first, and of immediate work those that are
+least likely asked for again soon: see `returns`. What is given up may go on in host memory: see `host_tier`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,22 @@ import numpy as np
 from flexirl.compiled import compiled
 from flexirl.policies.interface.view import NONE
 from flexirl.runtime.scheduler.host_tier import empty_tier, has_tier, keep, tier_block
-from flexirl.runtime.scheduler.state import State
+from flexirl.runtime.scheduler.returns import (
+    forget_returns,
+    kind_of,
+    note_given_up,
+    note_left,
+    note_miss,
+    note_return,
+    rank,
+    worth_keeping,
+)
+from flexirl.runtime.scheduler.state import DEFERRED_LANE, KINDS, LANES, UNSORTED_LANE, State
 from flexirl.workloads.trace import DEFERRED, IMMEDIATE
 
 _OWN = np.uint64(1 << 63)  # origins of what a request shares with nobody; no origin of content has this bit
 _UNBOUNDED = 1 << 40
+_CHOSEN_FOR_S = 0.5  # seconds until somebody else may have become the first to give way
 
 
 @nb.njit(cache=True, inline="always")
@@ -44,9 +55,12 @@ def empty_cache(state: State) -> None:
     scheduler.uses = 1
     scheduler.own_origins = 0
     if caches(state):
-        for owner in range(2):
-            state.nodes[blocks + owner].next = blocks + owner
-            state.nodes[blocks + owner].previous = blocks + owner
+        for lane in range(LANES):
+            state.nodes[blocks + lane].next = blocks + lane
+            state.nodes[blocks + lane].previous = blocks + lane
+        forget_returns(state)
+    scheduler.idle_lanes = 0
+    scheduler.victim = NONE
     scheduler.spare_blocks = len(state.spare_blocks)
     for i in range(len(state.spare_blocks)):
         state.spare_blocks[i] = len(state.spare_blocks) - 1 - i
@@ -112,10 +126,18 @@ def find_in_tier(state: State, r: int, found: int) -> int:
 def take(state: State, r: int, blocks: int) -> None:
     """Lets request r, which holds none, use the first `blocks` that `find` found, and gives them to its block table."""
     request = state.requests[r]
+    leaf, kind, idle_s = False, 0, 0.0
     while request.cached < blocks:
         origin, end = stretch(state, request, request.cached)
         n = _node_at(state, origin, request.cached)
+        node = state.nodes[n]
+        leaf = node.users == 0 and node.children == 0 and node.lane < KINDS
+        kind, idle_s = node.lane, node.idle_s
         _use(state, r, _cut(state, n, min(end, blocks) - request.cached))
+    if caches(state) and request.request_class == IMMEDIATE and request.preemptions == 0:
+        # Of what others may still come back to, this says nothing.
+        if not note_miss(state, stretch(state, request, blocks)[0]) and leaf:
+            note_return(state, kind, state.scheduler[0].now_s - idle_s)
     request.kv_blocks += blocks
     state.classes[request.request_class].kv_blocks += blocks
 
@@ -162,13 +184,16 @@ def leave(state: State, r: int) -> None:
     """Request r uses its cached blocks no longer: those that nobody else uses become idle, the last ones first."""
     scheduler, request = state.scheduler[0], state.requests[r]
     n = request.node
+    lane = UNSORTED_LANE
+    if state.decision[0].by_return:
+        lane = kind_of(state, r)
+        note_left(state, r, lane)
     while n != NONE:
         node = state.nodes[n]
         node.users -= 1
         if node.users == 0:
-            scheduler.uses += 1
-            node.age = scheduler.uses
-            _insert_before(state, n, state.engine[0].kv_blocks + node.owner)
+            node.lane = lane if node.owner == IMMEDIATE else DEFERRED_LANE
+            _list_last(state, n)
             state.classes[node.owner].idle_blocks += node.blocks
             scheduler.free_blocks += node.blocks
         n = node.parent
@@ -186,20 +211,22 @@ def evict(state: State, blocks: int, sound: bool) -> None:
     kept = int(share * engine.kv_blocks) if share < 1.0 else engine.kv_blocks
     state.scheduler[0].empty_blocks += blocks
     while blocks > 0:
-        of_immediate = state.nodes[engine.kv_blocks + IMMEDIATE].next
-        of_deferred = state.nodes[engine.kv_blocks + DEFERRED].next
+        of_immediate = _first_to_go(state)
+        of_deferred = state.nodes[engine.kv_blocks + DEFERRED_LANE].next
         surplus = state.classes[DEFERRED].idle_blocks - kept
         most = blocks
         if surplus > 0:
             n, most = of_deferred, min(blocks, surplus)
         elif of_deferred >= engine.kv_blocks:
             n = of_immediate
-        elif of_immediate >= engine.kv_blocks:
+        elif of_immediate == NONE:
             n = of_deferred
         else:
             n = of_deferred if state.nodes[of_deferred].age < state.nodes[of_immediate].age else of_immediate
         node = state.nodes[n]
         count = min(most, node.blocks)
+        if node.lane < KINDS:
+            note_given_up(state, node.origin, node.lane, node.idle_s)
         for number in range(node.first + node.blocks - 1, node.first + node.blocks - 1 - count, -1):
             if sound:
                 keep(state, node.origin, number, node.owner, node.last_block)
@@ -219,6 +246,40 @@ def forget_idle(state: State) -> None:
     """Empties all idle blocks, those in host memory, too: what they hold cannot be relied on any more."""
     evict(state, state.scheduler[0].free_blocks - state.scheduler[0].empty_blocks, False)
     empty_tier(state)
+
+
+@compiled
+def _first_to_go(state: State) -> int:
+    """The idle node of immediate work that gives way first, or NONE: the one that has been idle longest.
+
+    If the decision goes by returns, of those that have been idle longest in their lanes the one least worth keeping;
+    what others stand behind then stays for now, as if it had been left just now.
+    """
+    scheduler, first = state.scheduler[0], state.engine[0].kv_blocks
+    by_return = state.decision[0].by_return == 1
+    if by_return:
+        if scheduler.victim != NONE and scheduler.now_s < scheduler.victim_s + _CHOSEN_FOR_S:
+            return int(scheduler.victim)
+        rank(state)
+    uses = scheduler.uses
+    while True:
+        victim, least = NONE, np.inf
+        for lane in range(DEFERRED_LANE):
+            if not _has_idle(state, lane):
+                continue
+            n = state.nodes[first + lane].next
+            if state.nodes[n].age > uses:
+                continue  # others stand behind every one in this lane
+            worth = worth_keeping(state, lane, state.nodes[n].idle_s) if by_return and lane < KINDS else 0.0
+            if worth < least or (worth == least and state.nodes[n].age < state.nodes[victim].age):
+                victim, least = n, worth
+        if victim == NONE or state.nodes[victim].children == 0:
+            break
+        _unlink(state, victim)
+        _list_last(state, victim)
+    scheduler.victim = victim
+    scheduler.victim_s = scheduler.now_s
+    return victim
 
 
 @compiled
@@ -339,6 +400,8 @@ def _cut(state: State, n: int, blocks: int) -> int:
     node.users = rest.users
     node.owner = rest.owner
     node.age = rest.age
+    node.idle_s = rest.idle_s
+    node.lane = rest.lane
     rest.parent = upper
     rest.first += blocks
     rest.blocks -= blocks
@@ -381,19 +444,39 @@ def _drop(state: State, n: int) -> None:
 
 
 @compiled
+def _list_last(state: State, n: int) -> None:
+    """Node n becomes idle now: the last in its lane."""
+    scheduler, node = state.scheduler[0], state.nodes[n]
+    scheduler.uses += 1
+    node.age = scheduler.uses
+    node.idle_s = scheduler.now_s
+    _insert_before(state, n, state.engine[0].kv_blocks + node.lane)
+
+
+@compiled
 def _insert_before(state: State, n: int, other: int) -> None:
     node, previous = state.nodes[n], state.nodes[other].previous
     node.next = other
     node.previous = previous
     state.nodes[previous].next = n
     state.nodes[other].previous = n
+    state.scheduler[0].idle_lanes |= np.uint64(1) << np.uint64(node.lane)
 
 
 @compiled
 def _unlink(state: State, n: int) -> None:
-    node = state.nodes[n]
+    node, scheduler = state.nodes[n], state.scheduler[0]
     state.nodes[node.previous].next = node.next
     state.nodes[node.next].previous = node.previous
+    if node.next == node.previous:  # the head of its lane, which is empty now
+        scheduler.idle_lanes &= ~(np.uint64(1) << np.uint64(node.lane))
+    if scheduler.victim == n:
+        scheduler.victim = NONE
+
+
+@nb.njit(cache=True, inline="always")
+def _has_idle(state: State, lane: int) -> bool:
+    return (state.scheduler[0].idle_lanes >> np.uint64(lane)) & np.uint64(1) != 0
 
 
 # ---------------------------------------------------------------------------------------- numbers of blocks

@@ -139,6 +139,10 @@ SCHEDULER = np.dtype(
         ("nodes", "i8"),  # of the prefix cache, made so far, and the first of those to be used again
         ("spare_node", "i8"),
         ("uses", "i8"),  # how often a node became idle: their age
+        ("idle_lanes", "u8"),  # a bit for each lane with idle nodes
+        ("victim", "i8"),  # the idle node found to give way first, or NONE, and when
+        ("victim_s", "f8"),
+        ("ranked_s", "f8"),  # when the kinds of requests were ranked by how soon they return
         ("tier_made", "i8"),  # blocks of the host tier that have been used so far
         ("tier_uses", "i8"),  # how often a block came to it: their age
         ("copies", "i8"),  # entries of `copies`
@@ -176,13 +180,15 @@ NODE = np.dtype(  # a run of full blocks in the prefix cache; see prefix_cache.p
     [
         ("origin", "u8"),  # of the stretch of content it holds
         ("age", "i8"),  # when it became idle, on a common count
+        ("idle_s", "f4"),  # and on the clock
         ("first", "i4"),  # the number, within the sequence, of its first block
         ("blocks", "i4"),
         ("users", "i4"),  # running requests that have it in their block tables; 0: it is idle
         ("parent", "i4"),  # the run before it, or NONE
         ("children", "i4"),
-        ("owner", "i4"),  # the class it is kept for: IMMEDIATE once a request of that class has used it
-        ("next", "i4"),  # in the list of idle nodes; also of nodes to be used again
+        ("owner", "i2"),  # the class it is kept for: IMMEDIATE once a request of that class has used it
+        ("lane", "i2"),  # the list of idle nodes that it is in, if it is idle
+        ("next", "i4"),  # in that list; also of nodes to be used again
         ("previous", "i4"),
         ("chained", "i4"),  # the next node in its bucket of `buckets`
         ("marks", "i4"),  # scratch: users that may be evicted
@@ -190,6 +196,20 @@ NODE = np.dtype(  # a run of full blocks in the prefix cache; see prefix_cache.p
     ],
     align=True,
 )
+
+# Idle nodes are in lanes: of each kind of immediate requests, of immediate work that is not told apart, of deferred work.
+KINDS = 62
+UNSORTED_LANE, DEFERRED_LANE, LANES = KINDS, KINDS + 1, KINDS + 2
+AGE_BINS = 24
+RETURNS = np.dtype(  # how soon requests of one kind are followed by others that want what they left; see returns.py
+    [
+        ("left", "f4"),  # how many left something
+        ("after", "f4", (AGE_BINS,)),  # and how many of them were followed, by the time it took
+        ("index", "f4", (AGE_BINS,)),
+    ],
+    align=True,
+)
+GHOST = np.dtype([("origin", "u8"), ("idle_s", "f4"), ("kind", "i4")], align=True)  # what was given up
 
 TIER_BLOCK = np.dtype(  # a block in the host tier; see host_tier.py
     [
@@ -241,7 +261,7 @@ class State(NamedTuple):
     engine: np.ndarray  # ENGINE, (1,)
     # The prefix cache; with room for nothing where there is none.
     contents: np.ndarray  # CONTENT: what the requests' sequences say
-    nodes: np.ndarray  # NODE, (kv_blocks + 2,): the last two head the lists of idle nodes by owner
+    nodes: np.ndarray  # NODE, (kv_blocks + LANES,): the last ones head the lists of idle nodes
     buckets: np.ndarray  # int32, (a power of two,): nodes by origin and first block
     tier: np.ndarray  # TIER_BLOCK, (host_cache_blocks + 2,), or none: the last two head the lists by owner
     tier_buckets: np.ndarray  # int32, (a power of two,)
@@ -258,6 +278,8 @@ class State(NamedTuple):
     sibling: np.ndarray  # int32, (R,)
     followers: np.ndarray  # EVENT, (R,)
     lengths: np.ndarray  # LENGTHS, (a constant,): of the classes first
+    returns: np.ndarray  # RETURNS, (KINDS,)
+    ghosts: np.ndarray  # GHOST, (a power of two,)
     length_tenths: np.ndarray  # float64, (2, 10): by class, outputs by the tenth of their predicted distribution
     itl_histogram: np.ndarray  # int64, (ITL_BINS,): inter-token latencies of immediate requests
 
@@ -299,7 +321,7 @@ def new_states(
         batch=rows((1,), BATCH),
         engine=rows((1,), ENGINE),
         contents=rows((contents,), CONTENT),
-        nodes=rows((blocks + 2 if caching else 0,), NODE),
+        nodes=rows((blocks + LANES if caching else 0,), NODE),
         buckets=rows((1 << (blocks - 1).bit_length() if caching else 0,), np.int32),
         tier=rows((tier + 2 if tier else 0,), TIER_BLOCK),
         tier_buckets=rows((1 << (tier - 1).bit_length() if tier else 0,), np.int32),
@@ -313,6 +335,8 @@ def new_states(
         sibling=rows((max_requests,), np.int32),
         followers=rows((max_requests,), EVENT),
         lengths=rows((_KINDS,), LENGTHS),
+        returns=rows((KINDS if caching else 0,), RETURNS),
+        ghosts=rows(((1 << 16 if numbered else 1 << 12) if caching else 0,), GHOST),
         length_tenths=rows((2, 10), np.float64),
         itl_histogram=rows((ITL_BINS,), np.int64),
     )

@@ -311,8 +311,9 @@ def _fast_forward(state: State, trace: np.ndarray, until_s: float, limit: int) -
     target_s = decision.deferred_step_s if limited else np.inf
     now_s = scheduler.now_s
     free, total = scheduler.free_blocks, engine.kv_blocks
-    # Where blocks that give way are copied, an iteration in which some do takes longer.
-    kept = free - scheduler.empty_blocks if has_tier(state) and decision.to_host != NOBODYS else 0
+    # Where blocks that give way are copied, an iteration in which some do takes longer; and who does may hang on time.
+    copied = has_tier(state) and decision.to_host != NOBODYS
+    kept = free - scheduler.empty_blocks if copied or decision.by_return else 0
     done = 0
     elapsed_s, bin_of_elapsed = -1.0, 0
     # `due_s` is compared as in `arrive` (already here at its time) and `commit` (expired after it): the earlier holds.

@@ -21,7 +21,7 @@ from flexirl.workloads.trace import DEFERRED, IMMEDIATE, empty_rows
 PLACES, BLOCKS, BLOCK_SIZE, LONGEST = 24, 20, 4, 48
 
 
-@nb.njit(cache=True)
+@nb.njit
 def decide_anything(state: State) -> None:
     """A random decision, put in force."""
     decision = state.decision[0]
@@ -32,6 +32,7 @@ def decide_anything(state: State) -> None:
     decision.victim = np.random.randint(5)
     decision.preemption = np.random.randint(3)
     decision.to_host = np.random.randint(3)
+    decision.by_return = np.random.randint(2)
     decision.preempt_for_immediate = np.random.randint(2)
     decision.token_budget = 1 + np.random.randint(16)
     decision.preempt_count = max(np.random.randint(6) - 3, 0)
@@ -41,13 +42,13 @@ def decide_anything(state: State) -> None:
     apply(state)
 
 
-@nb.njit(cache=True)
+@nb.njit
 def seed_storm(seed: int) -> None:
     """Seeds the generator of compiled code."""
     np.random.seed(seed)
 
 
-@nb.njit(cache=True)
+@nb.njit
 def new_request(state: State, tokens: np.ndarray, row: np.void, number: int) -> None:
     """A request that begins like others of its family and goes on like none."""
     row.arrival_s = state.scheduler[0].now_s
@@ -61,7 +62,7 @@ def new_request(state: State, tokens: np.ndarray, row: np.void, number: int) -> 
         tokens[i] = family if i < alike else number
 
 
-@nb.njit(cache=True)
+@nb.njit
 def storm(
     live: LiveState,
     rows: np.ndarray,

@@ -197,7 +197,7 @@ NODE = np.dtype(  # a run of full blocks in the prefix cache; see prefix_cache.p
     align=True,
 )
 
-# Idle nodes are in lanes: of each kind of immediate requests, of immediate work that is not told apart, of deferred work.
+# Lanes of idle nodes: of each kind of immediate requests, of immediate work that is not told apart, of deferred work.
 KINDS = 62
 UNSORTED_LANE, DEFERRED_LANE, LANES = KINDS, KINDS + 1, KINDS + 2
 AGE_BINS = 24

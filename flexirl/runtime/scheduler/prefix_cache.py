@@ -61,6 +61,7 @@ def empty_cache(state: State) -> None:
         forget_returns(state)
     scheduler.idle_lanes = 0
     scheduler.victim = NONE
+    scheduler.victim_s = -np.inf
     scheduler.spare_blocks = len(state.spare_blocks)
     for i in range(len(state.spare_blocks)):
         state.spare_blocks[i] = len(state.spare_blocks) - 1 - i
@@ -277,8 +278,9 @@ def _first_to_go(state: State) -> int:
             break
         _unlink(state, victim)
         _list_last(state, victim)
-    scheduler.victim = victim
-    scheduler.victim_s = scheduler.now_s
+    if by_return:
+        scheduler.victim = victim
+        scheduler.victim_s = scheduler.now_s
     return victim
 
 

@@ -108,8 +108,9 @@ def engines(draw: st.DrawFn) -> EngineProfile:
 
 
 @st.composite
-def decisions(draw: st.DrawFn, preempt: bool = True) -> dict[str, float]:
-    """Any decision; preempt: it may carry preemptions, which are made anew each time it is put in force."""
+def decisions(draw: st.DrawFn, preempt: bool = True, by_return: bool = False) -> dict[str, float]:
+    """Any decision; preempt: it may carry preemptions, which are made anew each time it is put in force; by_return:
+    it may go by returns, which the reference does not learn."""
     target_s = st.one_of(st.just(np.inf), ticks(0, 120))
     share = st.sampled_from((0.0, 0.25, 1.0))
     immediate_order = draw(st.integers(0, 4))
@@ -121,6 +122,7 @@ def decisions(draw: st.DrawFn, preempt: bool = True) -> dict[str, float]:
         "victim": draw(st.integers(0, 4)),
         "preemption": draw(st.integers(0, 2)),
         "to_host": draw(st.integers(0, 2)),
+        "by_return": draw(st.integers(0, 1)) if by_return else 0,
         "preempt_for_immediate": draw(st.integers(0, 1)),
         "relegated_last": draw(st.integers(0, 1)),
         "relegate": draw(st.sampled_from((0.0, 0.0, 1.0, 2.5))),
@@ -278,7 +280,7 @@ def assert_equal_states(one: State, other: State) -> None:
 @settings(deadline=None, max_examples=150)
 @given(
     long_traces(),
-    st.lists(st.tuples(decisions(preempt=False), st.floats(0.01, 3.0)), min_size=1, max_size=4),
+    st.lists(st.tuples(decisions(preempt=False, by_return=True), st.floats(0.01, 3.0)), min_size=1, max_size=4),
     st.sampled_from((0.0, 0.1)),
     st.integers(3, 8),
     st.integers(12, 60),

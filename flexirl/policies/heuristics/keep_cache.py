@@ -2,7 +2,9 @@
 
 Source: the memory manager of Echo (arXiv 2504.03651), which evicts by class, deferred blocks first, and keeps a share
 of the cache from deferred work. Echo sets that share from the immediate demand it foresees; here it is constant, a
-knob. A request that will be late is still served before deferred work. All else is `qoserve`.
+knob. With `by_return`, ours, what conversations left gives way by how soon it is likely asked for again. Where there is
+a host tier, only what they left goes there. A request that will be late is still served before deferred work. All else
+is `qoserve`.
 """
 
 from __future__ import annotations

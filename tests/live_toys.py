@@ -139,10 +139,10 @@ def random_decision(rng: np.random.Generator, tokens: int) -> np.ndarray:
         "victim": 5,
     }.items():
         decision[name] = rng.integers(count)
-    for name in ("decodes_first", "preempt_for_immediate", "relegated_last", "by_return"):
+    for name in ("decodes_first", "preempt_for_immediate", "relegated_last"):
         decision[name] = rng.integers(2)
-    decision["preemption"] = rng.integers(3)
-    decision["to_host"] = rng.integers(3)
+    several = rng.integers(18)
+    decision["preemption"], decision["to_host"], decision["by_return"] = several // 6, several // 2 % 3, several % 2
     decision["token_budget"] = rng.choice([1, 2, 5, tokens])
     decision["preempt_count"] = rng.choice([0, 0, 0, 1, 3])
     decision["deferred_token_floor"] = rng.choice([0, 0, 4])

@@ -1,6 +1,6 @@
 """The host tier: full blocks that the prefix cache gave up, kept in host memory until their space there is needed.
 
-What is asked for again is copied back, which takes a tenth of the time that computing it takes, or less. Each block is
+What is asked for again is copied back, which takes a small part of the time that computing it takes. Each block is
 known by what it holds, as in vLLM's and SGLang's offloading: by the origin of the stretch of content its last token
 lies in, and its number in the sequence; no two sequences that differ before it have both. A block that was copied back
 stays, as the first of its class to give way: given up on the device once more, it need not be copied again.

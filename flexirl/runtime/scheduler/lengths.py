@@ -29,7 +29,7 @@ _OUTERMOST = 2  # the first slots are those of the classes
 def predicted_tokens(state: State, r: int, quantile: float) -> float:
     """Output tokens that request r stays below with this probability (0 to 1), given those it has made already."""
     request = state.requests[r]
-    shares = _shares(state.lengths, request, _beginning(state.contents, request))
+    shares = _shares(state.lengths, request, beginning_of(state.contents, request))
     least = _position(request.generated + 1)
     begun = min(int(least), LENGTH_BINS - 1)
     shares[:begun] = 0.0
@@ -48,7 +48,7 @@ def predicted_tokens(state: State, r: int, quantile: float) -> float:
 def learn_length(state: State, r: int) -> None:
     """Request r has finished: its kinds learn its output's length, and what was thought of it is kept account of."""
     request = state.requests[r]
-    beginning = _beginning(state.contents, request)
+    beginning = beginning_of(state.contents, request)
     at = min(int(_position(request.generated)), LENGTH_BINS - 1)
     _book_place(state.length_tenths[request.request_class], _shares(state.lengths, request, beginning), at)
     for level in range(_LEVELS):
@@ -81,7 +81,7 @@ def _position(tokens: int) -> float:
 
 
 @compiled
-def _beginning(contents: np.ndarray, request) -> np.uint64:
+def beginning_of(contents: np.ndarray, request) -> np.uint64:
     """What request begins with, as far as others may begin likewise; 0 for nothing."""
     return contents[request.content_first].origin if request.content_count > 0 else np.uint64(0)
 
@@ -106,12 +106,12 @@ def _shares(lengths: np.ndarray, request, beginning: np.uint64) -> np.ndarray:
 @compiled
 def _tag(request, beginning: np.uint64, level: int) -> np.uint64:
     """The name of the kind that a request is of at a level from 1 on; never 0, which an empty slot has."""
-    tag = _mixed(np.uint64(0), np.uint64(request.request_class + 2 * request.tenant))
-    tag = _mixed(tag, np.uint64(request.max_tokens))
+    tag = mixed(np.uint64(0), np.uint64(request.request_class + 2 * request.tenant))
+    tag = mixed(tag, np.uint64(request.max_tokens))
     if level > 1:
-        tag = _mixed(tag, beginning)
+        tag = mixed(tag, beginning)
     if level > 2:
-        tag = _mixed(tag, np.uint64(1 + _position(request.prompt_tokens) / PER_OCTAVE))
+        tag = mixed(tag, np.uint64(1 + _position(request.prompt_tokens) / PER_OCTAVE))
     return tag | np.uint64(1)
 
 
@@ -147,7 +147,7 @@ def _place(tag: np.uint64, i: int, slots: int) -> int:
 
 
 @compiled
-def _mixed(tag: np.uint64, value: np.uint64) -> np.uint64:
+def mixed(tag: np.uint64, value: np.uint64) -> np.uint64:
     """The finaliser of splitmix64 (Steele et al., 2014)."""
     z = (tag ^ value) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x632BE59BD9B4E019)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

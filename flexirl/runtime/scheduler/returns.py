@@ -16,6 +16,7 @@ import numba as nb
 import numpy as np
 
 from flexirl.compiled import compiled
+from flexirl.runtime.scheduler.lengths import beginning_of, mixed
 from flexirl.runtime.scheduler.state import AGE_BINS, KINDS, RUNNING, State
 from flexirl.workloads.trace import IMMEDIATE
 
@@ -42,9 +43,10 @@ def forget_returns(state: State) -> None:
 def kind_of(state: State, r: int) -> int:
     """The kind of immediate request r, by what it begins with and its prompt's length to a factor of 4."""
     request = state.requests[r]
-    beginning = state.contents[request.content_first].origin if request.content_count > 0 else np.uint64(0)
     length = np.uint64(np.log2(max(float(request.prompt_tokens), 1.0)) / 2.0)
-    return int((_mixed(beginning ^ _mixed(length)) >> np.uint64(32)) % np.uint64(KINDS))
+    return int(
+        (mixed(beginning_of(state.contents, request), mixed(np.uint64(0), length)) >> np.uint64(32)) % np.uint64(KINDS)
+    )
 
 
 @compiled
@@ -130,13 +132,4 @@ def _age_s(b: int) -> float:
 
 @nb.njit(cache=True, inline="always")
 def _place(state: State, origin: np.uint64) -> int:
-    return int((_mixed(origin) >> np.uint64(32)) & np.uint64(len(state.ghosts) - 1))
-
-
-@compiled
-def _mixed(value: np.uint64) -> np.uint64:
-    """The finaliser of splitmix64 (Steele et al., 2014)."""
-    z = value * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x632BE59BD9B4E019)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    return int((mixed(np.uint64(0), origin) >> np.uint64(32)) & np.uint64(len(state.ghosts) - 1))
